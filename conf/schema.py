@@ -1,0 +1,315 @@
+"""The typed configuration of a run: every key, its unit, its default and its legal values. Standard library only.
+
+A bad value raises `ConfigError` with the full key, the value and a legal one; the launch programs print it and exit
+with code 2.
+"""
+
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import StrEnum
+from typing import Any
+
+MAX_GAMMA1 = 64
+MAX_GAMMA2 = 256
+MAX_STOP_STRINGS = 64
+GREEDY_BELOW_TEMPERATURE = 1e-5
+LOOKUP_DRAFTER, NO_DRAFTER = "lookup", "none"
+
+
+class ConfigError(ValueError):
+    """A configuration or input the program refuses: the message names key, value and a legal value."""
+
+
+class Mode(StrEnum):
+    """Which levels take part in decoding."""
+
+    triforce = "triforce"
+    retrieval = "retrieval"
+    streaming = "streaming"
+    autoregressive = "autoregressive"
+
+
+class FullCacheTier(StrEnum):
+    """Where the full cache lives."""
+
+    auto = "auto"
+    device = "device"
+    host = "host"
+
+
+class Coupling(StrEnum):
+    """How a draft is coupled to the model that verifies it."""
+
+    maximal = "maximal"
+    gumbel = "gumbel"
+
+
+class Dtype(StrEnum):
+    """Of weights and caches; `auto` is bfloat16 where the processor computes in it, else float32."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class PlacementKind(StrEnum):
+    """How roles are spread over processes."""
+
+    auto = "auto"
+    inline = "inline"
+
+
+def require(condition: bool, key: str, value: Any, rule: str) -> None:
+    """Raises `ConfigError` "<key> is <value>; it must be <rule>" unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{key} is {value!r}; it must be {rule}")
+
+
+def parse_auto_count(key: str, value: str, words: tuple[str, ...], minimum: int = 0) -> int | str:
+    """One of `words`, or an integer >= minimum."""
+    if value in words:
+        return value
+    is_number = value.isascii() and value.isdigit() and int(value) >= minimum
+    require(is_number, key, value, f"{', '.join(words)} or an integer >= {minimum}")
+    return int(value)
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The pair of models."""
+
+    target: str = "assets/demo/target"
+    """Local folder or hub id of the target model; a relative folder is looked for here, then in the project."""
+    drafter: str = "assets/demo/drafter"
+    """Local folder or hub id of the drafter, or `lookup` (n-gram lookup in the context), or `none`."""
+    dtype: Dtype = Dtype.auto
+    """Of weights, activations and caches of both models."""
+    self_check: bool = True
+    """Compare our attention with transformers' own on a few tokens after loading; refuse the model on a mismatch."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.target), "model.target", self.target, "a local folder or a hub id")
+        require(bool(self.drafter), "model.drafter", self.drafter, "a local folder, a hub id, lookup or none")
+
+
+@dataclass(kw_only=True, slots=True)
+class DecodingConfig:
+    """The speculation hierarchy."""
+
+    mode: Mode = Mode.triforce
+    """triforce: three levels; retrieval: no drafter; streaming: drafter straight to the target; autoregressive: none."""
+    gamma1: int = 2
+    """Tokens drafted per inner step; 0 leaves the drafter out."""
+    gamma2: int = 8
+    """Tokens proposed per verification, at least; 0 is autoregressive decoding."""
+
+    def __post_init__(self) -> None:
+        for key, value, limit in (("gamma1", self.gamma1, MAX_GAMMA1), ("gamma2", self.gamma2, MAX_GAMMA2)):
+            require(0 <= value <= limit, f"decoding.{key}", value, f"between 0 and {limit}")
+
+
+@dataclass(kw_only=True, slots=True)
+class RetrievalCacheConfig:
+    """Level 2: the chunks of the context that the retrieval draft sees."""
+
+    budget: int = 1024
+    """Tokens per layer and kv head; 0 leaves the level out; more than the context is cut to it."""
+    chunk_size: int = 8
+    """Tokens that are chosen together, by their mean key."""
+    rebuild: str = "adaptive"
+    """When chunks are chosen anew: `never`, `adaptive` (the recent acceptance fell), or every n verifications."""
+
+    def __post_init__(self) -> None:
+        key = "cache.retrieval"
+        require(self.chunk_size >= 1, f"{key}.chunk_size", self.chunk_size, ">= 1, for example 8")
+        require(self.budget >= 0, f"{key}.budget", self.budget, ">= 0, for example 1024")
+        if self.budget % self.chunk_size:
+            nearest = max(1, round(self.budget / self.chunk_size)) * self.chunk_size
+            rule = f"a multiple of {key}.chunk_size={self.chunk_size}, for example {nearest}"
+            raise ConfigError(f"{key}.budget is {self.budget}; it must be {rule}")
+        parse_auto_count(f"{key}.rebuild", self.rebuild, ("never", "adaptive"), minimum=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class StreamingCacheConfig:
+    """Level 1: the drafter's StreamingLLM cache."""
+
+    sinks: int = 4
+    """First tokens of the context, always kept."""
+    window: int = 508
+    """Newest tokens kept."""
+
+    def __post_init__(self) -> None:
+        require(self.sinks >= 0, "cache.streaming.sinks", self.sinks, ">= 0, for example 4")
+        require(self.window >= 1, "cache.streaming.window", self.window, ">= 1, for example 508")
+
+
+@dataclass(kw_only=True, slots=True)
+class FullCacheConfig:
+    """Level 3: the target's whole cache."""
+
+    tier: FullCacheTier = FullCacheTier.auto
+    """device, host, or auto: as many layers on the device as fit, the rest on the host."""
+    device_layers: str = "auto"
+    """Layers kept on the device when others are on the host: an integer, or auto."""
+    block_tokens: str = "auto"
+    """Tokens of one block: what the host tier stores and streams as one piece; auto: about 1 MiB."""
+    stream_buffers: int = 2
+    """Blocks in flight between host and device."""
+
+    def __post_init__(self) -> None:
+        parse_auto_count("cache.full.device_layers", self.device_layers, ("auto",))
+        parse_auto_count("cache.full.block_tokens", self.block_tokens, ("auto",), minimum=1)
+        require(2 <= self.stream_buffers <= 64, "cache.full.stream_buffers", self.stream_buffers, "between 2 and 64")
+
+
+@dataclass(kw_only=True, slots=True)
+class CacheConfig:
+    """The three caches."""
+
+    full: FullCacheConfig = field(default_factory=FullCacheConfig)
+    retrieval: RetrievalCacheConfig = field(default_factory=RetrievalCacheConfig)
+    streaming: StreamingCacheConfig = field(default_factory=StreamingCacheConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class SamplingConfig:
+    """How the target samples; every level samples alike."""
+
+    temperature: float = 0.6
+    """0 is greedy."""
+    top_p: float = 0.9
+    """Keep the smallest set of tokens with at least this probability; 1 is off."""
+    top_k: int = 0
+    """Keep this many most probable tokens; 0 is off."""
+    seed: int | None = 0
+    """Random numbers are keyed by it; null draws one and reports it."""
+    coupling: Coupling = Coupling.maximal
+    """maximal: rejection sampling with residual; gumbel: tokens that do not depend on the drafter."""
+    block_verification: bool = False
+    """Judge a block as a whole at the last level (arXiv 2403.10444); with `maximal` only."""
+
+    def __post_init__(self) -> None:
+        temperature, top_p = self.temperature, self.top_p
+        legal = math.isfinite(temperature) and 0 <= temperature <= 100
+        require(legal, "sampling.temperature", temperature, "between 0 (greedy) and 100")
+        require(math.isfinite(top_p) and 0 < top_p <= 1, "sampling.top_p", top_p, "above 0 and at most 1 (off)")
+        require(self.top_k >= 0, "sampling.top_k", self.top_k, ">= 0 (0 is off)")
+        legal = self.seed is None or 0 <= self.seed < 2**64
+        require(legal, "sampling.seed", self.seed, "between 0 and 2**64 - 1, or null")
+        legal = not (self.block_verification and self.coupling is Coupling.gumbel)
+        require(legal, "sampling.block_verification", True, "false with sampling.coupling=gumbel")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW_TEMPERATURE
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerationConfig:
+    """How much is generated."""
+
+    max_new_tokens: int = 256
+    """Tokens; fewer if the end of sequence, a stop string or the model's last position comes first."""
+    stop: list[str] = field(default_factory=list)
+    """Generation ends before the first of these strings; the text is cut there."""
+    ignore_eos: bool = False
+    """Go on past the end-of-sequence token, for measuring."""
+
+    def __post_init__(self) -> None:
+        require(self.max_new_tokens >= 1, "generation.max_new_tokens", self.max_new_tokens, ">= 1, for example 256")
+        require(all(self.stop), "generation.stop", self.stop, "a list of non-empty strings")
+        legal = len(self.stop) <= MAX_STOP_STRINGS
+        require(legal, "generation.stop", f"{len(self.stop)} strings", f"at most {MAX_STOP_STRINGS}")
+
+
+@dataclass(kw_only=True, slots=True)
+class PromptConfig:
+    """What is read: a file, or a text, or (neither) the source of Python's standard library."""
+
+    path: str | None = None
+    """A UTF-8 text file."""
+    text: str | None = None
+    max_tokens: int | None = 8192
+    """The prompt is cut to its first so many tokens; null reads all of it."""
+
+    def __post_init__(self) -> None:
+        both = self.path is not None and self.text is not None
+        require(not both, "prompt.text", self.text, "unset where prompt.path is set")
+        legal = self.max_tokens is None or self.max_tokens >= 1
+        require(legal, "prompt.max_tokens", self.max_tokens, ">= 1, or null for the whole text")
+        require(self.text is None or self.text != "", "prompt.text", self.text, "at least one character")
+
+
+@dataclass(kw_only=True, slots=True)
+class PlacementConfig:
+    """Which process plays which role on which device."""
+
+    kind: PlacementKind = PlacementKind.auto
+    """inline: all roles in one process; auto: what suits the number of processes."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N; auto: the first CUDA device if there is one."""
+    threads: str = "auto"
+    """Threads of a CPU process: an integer, or auto (OMP_NUM_THREADS if torchrun was not the one to set it, else all)."""
+    device_memory_gib: float | None = None
+    """Plan for this much memory on the device; null: what is free."""
+    host_memory_gib: float | None = None
+    """Plan for this much memory on the host; null: what is free, within the cgroup's limit."""
+
+    def __post_init__(self) -> None:
+        parts = self.device.split(":")
+        legal = self.device in ("auto", "cpu", "cuda") or (
+            len(parts) == 2 and parts[0] == "cuda" and parts[1].isdigit()
+        )
+        require(legal, "placement.device", self.device, "auto, cpu, cuda or cuda:N")
+        parse_auto_count("placement.threads", self.threads, ("auto",), minimum=1)
+        for key in ("device_memory_gib", "host_memory_gib"):
+            value = getattr(self, key)
+            legal = value is None or (math.isfinite(value) and value > 0)
+            require(legal, f"placement.{key}", value, "above 0, or null")
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """One run of launch/run.py."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    output: str = "outputs/run"
+    """Folder of the run: result.json, rounds.jsonl, Hydra's record of the configuration."""
+
+    @property
+    def uses_drafter(self) -> bool:
+        """Level 1 takes part."""
+        return (
+            self.decoding.mode in (Mode.triforce, Mode.streaming)
+            and self.model.drafter != NO_DRAFTER
+            and self.decoding.gamma1 > 0
+            and self.decoding.gamma2 > 0
+        )
+
+    @property
+    def uses_retrieval(self) -> bool:
+        """Level 2 takes part."""
+        return (
+            self.decoding.mode in (Mode.triforce, Mode.retrieval)
+            and self.cache.retrieval.budget > 0
+            and self.decoding.gamma2 > 0
+        )
+
+
+def to_plain(config: Any) -> Any:
+    """A dataclass tree as JSON types."""
+    if is_dataclass(config):
+        return {item.name: to_plain(getattr(config, item.name)) for item in fields(config)}
+    if isinstance(config, StrEnum):
+        return str(config)
+    if isinstance(config, list):
+        return [to_plain(item) for item in config]
+    return config

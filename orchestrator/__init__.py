@@ -1,0 +1,1 @@
+"""What happens next: the speculation hierarchy, its session and its reports."""

@@ -1,0 +1,158 @@
+"""The speculation hierarchy: one round drafts, drafts by retrieval, verifies. Read this first.
+
+Three levels, each an exact sampler of its own model that takes the level below as its proposal:
+
+    drafter (1)  --γ1 tokens-->  retrieval draft (2)  --γ2 tokens-->  target on the full cache (3)  -->  text
+
+Without a retriever the drafter proposes to the target; without either, the target decodes alone. Every mode and
+placement runs this loop. Roles are given by their methods: here they may be objects of this process or proxies.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from orchestrator.rebuild_policy import RebuildPolicy
+from orchestrator.session import Session
+from workers.messages import Draft, InnerStep, Verdict
+
+
+class DrafterRole(Protocol):
+    """Level 1."""
+
+    def prefill(self, prompt: list[int]) -> None: ...
+    def propose(self, after: list[int], count: int) -> Draft:
+        """At most `count` tokens that may follow the committed tokens and `after`."""
+
+    def commit(self, tokens: list[int]) -> None:
+        """These tokens are final; whatever else was drafted is rolled back."""
+
+
+class RetrieverRole(Protocol):
+    """Level 2."""
+
+    def prefill(self, prompt: list[int]) -> None: ...
+    def extend(self, after: list[int], draft: Draft) -> InnerStep:
+        """Verifies `draft`, which follows the committed tokens and `after`; hands up what it keeps and one more."""
+
+    def commit(self, tokens: list[int]) -> None: ...
+    def refresh(self, update: Any) -> None:
+        """Takes true keys and values from the verifier: of the new tokens, or a whole new retrieval cache."""
+
+    def needs_rebuild(self) -> bool:
+        """The room for new tokens is used up."""
+
+
+class VerifierRole(Protocol):
+    """Level 3."""
+
+    def prefill(self, prompt: list[int]) -> None: ...
+    def verify(self, draft: Draft) -> Verdict: ...
+    def commit(self, tokens: list[int]) -> None: ...
+    def retrieval_update(self, *, rebuild: bool) -> Any:
+        """What the retriever's `refresh` wants."""
+
+
+@dataclass(kw_only=True)
+class Round:
+    """One verification and the drafting before it."""
+
+    index: int
+    proposed: list[int]
+    origins: list[str]
+    num_accepted: int
+    tokens: list[int]
+    """Final tokens: the accepted ones and the target's own, up to the end of generation."""
+    inner_steps: list[tuple[int, int]] = field(default_factory=list)
+    """(proposed, accepted) of each step between drafter and retrieval draft."""
+    rebuilt: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Per phase: draft, retrieval, verify, refresh."""
+
+
+@dataclass(kw_only=True)
+class Hierarchy:
+    """Advances a session, one round at a time."""
+
+    session: Session
+    verifier: VerifierRole
+    retriever: RetrieverRole | None = None
+    drafter: DrafterRole | None = None
+    gamma1: int = 0
+    gamma2: int = 0
+    exact_blocks: bool = False
+    """Blocks have exactly γ2 tokens, which block verification needs (see workers/acceptance.py)."""
+    rebuild_policy: RebuildPolicy = field(default_factory=lambda: RebuildPolicy("never"))
+    num_rounds: int = 0
+    _seconds: dict[str, float] = field(default_factory=dict)
+
+    def start(self) -> Round:
+        """Reads the prompt and generates the first token, by the target alone."""
+        for role in self._roles():
+            role.prefill(self.session.prompt)
+        return self._verify_and_commit(Draft(), [])
+
+    def round(self) -> Round:
+        """One round: at least one final token, at most γ2 + γ1 + 1."""
+        # The target adds a token to what it accepts, so the last token is never worth drafting.
+        block, inner_steps = self._draft_block(min(self.gamma2, self.session.remaining - 1))
+        return self._verify_and_commit(block, inner_steps)
+
+    def _draft_block(self, count: int) -> tuple[Draft, list[tuple[int, int]]]:
+        """`count` tokens for the target to verify; more if the last inner step brings more."""
+        if self.retriever is None:
+            return self._drafted([], count), []
+        block, inner_steps = Draft(), []
+        while len(block) < count:
+            draft = self._drafted(block.tokens, self.gamma1)
+            step = self._timed("retrieval", self.retriever.extend, block.tokens, draft)
+            inner_steps.append((step.num_proposed, step.num_accepted))
+            block.extend(step.draft)
+        return (block.cut(count) if self.exact_blocks else block), inner_steps
+
+    def _drafted(self, after: list[int], count: int) -> Draft:
+        if self.drafter is None or count <= 0:
+            return Draft()
+        return self._timed("draft", self.drafter.propose, after, count)
+
+    def _verify_and_commit(self, block: Draft, inner_steps: list[tuple[int, int]]) -> Round:
+        verdict = self._timed("verify", self.verifier.verify, block)
+        tokens = self.session.commit([*block.tokens[: verdict.num_accepted], verdict.next_token])
+        for role in self._roles():
+            role.commit(tokens)
+        rebuilt = self.retriever is not None and not self.session.is_finished and self._refresh(block, verdict)
+        record = Round(
+            index=self.num_rounds,
+            proposed=block.tokens,
+            origins=block.origins,
+            num_accepted=verdict.num_accepted,
+            tokens=tokens,
+            inner_steps=inner_steps,
+            rebuilt=rebuilt,
+            seconds=self._seconds,
+        )
+        self._seconds = {}
+        self.num_rounds += 1
+        return record
+
+    def _refresh(self, block: Draft, verdict: Verdict) -> bool:
+        """Gives the retriever the true keys and values of the new tokens; returns whether its cache was rebuilt."""
+        is_first = self.num_rounds == 0
+        due = self.rebuild_policy.is_due(len(block), verdict.num_accepted)
+        rebuild = is_first or due or self.retriever.needs_rebuild()
+        update = self._timed("refresh", self.verifier.retrieval_update, rebuild=rebuild)
+        self._timed("refresh", self.retriever.refresh, update)
+        if rebuild:
+            self.rebuild_policy.rebuilt()
+        return rebuild
+
+    def _roles(self) -> list[Any]:
+        return [role for role in (self.verifier, self.retriever, self.drafter) if role is not None]
+
+    def _timed(self, phase: str, call, *args, **kwargs):
+        began = time.perf_counter()
+        result = call(*args, **kwargs)
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - began
+        return result

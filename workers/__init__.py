@@ -1,0 +1,1 @@
+"""Who computes: the roles, their models and attention, and the rule by which a draft is accepted."""

@@ -1,0 +1,262 @@
+"""Logits -> distribution -> token -> acceptance. The one file to read for losslessness; every level uses it.
+
+Shapes: V vocabulary, n drafted tokens. `target_probs` belongs to the level that verifies, `draft_probs` to the level
+that proposed, whichever the two are. Greedy decoding is a one-hot distribution, so no rule needs a special case for it.
+
+A level is lossless if each token it hands up has, given its prefix, exactly the distribution of that level's model:
+    maximal    Leviathan et al. 2211.17192, Chen et al. 2302.01318: accept x with min(1, target/draft), else draw from
+               the normalised residual max(target - draft, 0). Highest acceptance for a single draft.
+    block      Sun et al. 2403.10444: the same, judging the block as a whole; never accepts less. Its verdict on a token
+               depends on later ones, so the block's length must not depend on the tokens' values.
+    gumbel     Daliri, Musco, Suresh 2408.07978: every level takes the winner of one race, argmax(log p + Gumbel noise),
+               whose noise depends on (seed, position) alone. A draft is accepted if it is the target's own winner, so
+               the tokens do not depend on the drafts at all.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from conf.schema import Coupling, SamplingConfig
+from workers.messages import Draft, Verdict
+
+# Purposes of random numbers. Each level has its own numbers: `level * NUM_PURPOSES + purpose`.
+CHOOSE, ACCEPT, REPLACE, RACE = range(4)
+NUM_PURPOSES = 4
+SUM_TOLERANCE = 1e-3
+
+
+class NotFiniteError(ArithmeticError):
+    """A row of logits has NaN, +inf, or no finite value: the model or its input is broken."""
+
+
+def distribution(logits: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:
+    """The probabilities [n, V] from which a model with these logits [n, V] samples: float64 stays, else float32.
+
+    Temperature, then top-k, then top-p (as transformers orders them); temperature 0 gives one-hot rows. Exactly
+    `top_k` tokens stay, and the smallest set whose probability reaches `top_p`; ties go to the lower id.
+    Raises NotFiniteError.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    best = logits.amax(-1, keepdim=True)
+    if not bool(torch.isfinite(best).all()):
+        raise NotFiniteError("logits are not finite")
+    if sampling.is_greedy:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    logits = (logits - best) / sampling.temperature
+    vocab_size = logits.shape[-1]
+    keep_all_ranks = not 0 < sampling.top_k < vocab_size
+    if keep_all_ranks and sampling.top_p >= 1:
+        return torch.softmax(logits, -1)
+    ordered, order = logits.sort(-1, descending=True, stable=True)
+    if not keep_all_ranks:
+        ordered[..., sampling.top_k :] = -torch.inf
+    probs = torch.softmax(ordered, -1)
+    before = probs.cumsum(-1) - probs
+    # The most probable token stays whatever rounding says of its `before`.
+    before[..., 0] = 0
+    probs = probs.masked_fill(before >= sampling.top_p, 0) if sampling.top_p < 1 else probs
+    probs = probs / probs.sum(-1, keepdim=True)
+    return torch.empty_like(probs).scatter_(-1, order, probs)
+
+
+class RandomSource(Protocol):
+    """Where decisions come from; tests replace it by one that walks every branch."""
+
+    def start_round(self, index: int) -> None:
+        """Verification number `index` begins."""
+
+    def choose(self, probs: torch.Tensor, position: int, purpose: int) -> int:
+        """A token drawn from `probs` [V] for the sequence position `position`."""
+
+    def accept(self, probability: float, position: int, purpose: int) -> bool:
+        """True with `probability`."""
+
+    def race(self, probs: torch.Tensor, position: int) -> int:
+        """The winner of position's race under `probs` [V]; the same noise for every level."""
+
+
+class KeyedRandom:
+    """Random numbers that depend on (seed, position, purpose) and the verification's index only (Philox, counter-based).
+
+    So a run repeats, a replay after a restart is identical, and processes draw alike without talking. The index is
+    part of the key because a position that was drafted and rejected is drafted again: with block verification the
+    first verdict depended on the first draw, so the second must be a fresh one. Races leave it out: there the token
+    of a position must be the same however often it is drafted.
+    """
+
+    def __init__(self, seed: int):
+        self._seed, self._round = seed, 0
+        self._noise: OrderedDict[tuple[int, int], torch.Tensor] = OrderedDict()
+
+    def start_round(self, index: int) -> None:
+        self._round = index
+
+    def _generator(self, position: int, purpose: int, index: int) -> np.random.Generator:
+        counter = np.array([0, position, purpose, index], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(counter=counter, key=np.array([self._seed, 0], dtype=np.uint64)))
+
+    def uniform(self, position: int, purpose: int) -> float:
+        """In [0, 1)."""
+        return float(self._generator(position, purpose, self._round).random())
+
+    def choose(self, probs: torch.Tensor, position: int, purpose: int) -> int:
+        cumulative = probs.double().cumsum(-1)
+        threshold = cumulative[-1] * self.uniform(position, purpose)
+        token = torch.searchsorted(cumulative, threshold, right=True)
+        # Rounding may put the threshold on the total: the last possible token, not the last of the vocabulary.
+        last = torch.searchsorted(cumulative, cumulative[-1])
+        return int(torch.minimum(token, last))
+
+    def accept(self, probability: float, position: int, purpose: int) -> bool:
+        return self.uniform(position, purpose) < probability
+
+    def race(self, probs: torch.Tensor, position: int) -> int:
+        # argmax(log p + Gumbel) = argmax(p / E) with E exponential; double, because ties in float would favour low ids.
+        return int((probs.double() / self._exponentials(position, probs)).argmax())
+
+    def _exponentials(self, position: int, probs: torch.Tensor) -> torch.Tensor:
+        """The race's noise [V], kept for a while: each level asks for the same positions."""
+        key = (position, probs.shape[-1])
+        if key not in self._noise:
+            values = self._generator(position, RACE, 0).standard_exponential(probs.shape[-1])
+            self._noise[key] = torch.from_numpy(np.maximum(values, 1e-300)).to(probs.device)
+            if len(self._noise) > 256:
+                self._noise.popitem(last=False)
+        return self._noise[key]
+
+
+def usable_draft(draft: Draft, vocab_size: int) -> Draft:
+    """`draft` up to its first unusable token: an id outside the vocabulary, or a distribution that is none."""
+    for index, token in enumerate(draft.tokens):
+        if not 0 <= token < vocab_size:
+            return draft.cut(index)
+        if draft.probs is not None:
+            probs = draft.probs[index]
+            total, own = float(probs.sum()), float(probs[token])
+            if not (abs(total - 1) <= SUM_TOLERANCE and own > 0):
+                return draft.cut(index)
+    return draft
+
+
+class MaximalCoupling:
+    """Rejection sampling with residual; `level` keys its random numbers."""
+
+    def __init__(self, sampling: SamplingConfig, random: RandomSource, level: int, *, block: bool = False):
+        self._sampling, self._random, self._block = sampling, random, block
+        self._offset = level * NUM_PURPOSES
+
+    def start_round(self, index: int) -> None:
+        self._random.start_round(index)
+
+    def draw(self, logits: torch.Tensor, position: int) -> tuple[int, torch.Tensor]:
+        """A token for `position` and the distribution it was drawn from; logits [V]."""
+        probs = distribution(logits[None], self._sampling)[0]
+        return self._random.choose(probs, position, self._offset + CHOOSE), probs
+
+    def verify(self, draft: Draft, logits: torch.Tensor, position: int) -> tuple[Verdict, list[torch.Tensor]]:
+        """Judges `draft`, whose first token is for `position`, by logits [n + 1, V].
+
+        Returns the verdict and the distributions [V] of the tokens handed up: num_accepted + 1 of them.
+        """
+        target_probs = distribution(logits, self._sampling)
+        draft = usable_draft(draft, logits.shape[-1])
+        judge = self._verify_block if self._block else self._verify_tokens
+        verdict = judge(draft, target_probs, position)
+        return verdict, list(target_probs[: verdict.num_accepted + 1])
+
+    def _verify_tokens(self, draft: Draft, target_probs: torch.Tensor, position: int) -> Verdict:
+        accepted, ratios = 0, self._ratios(draft, target_probs)
+        for index, ratio in enumerate(ratios):
+            if not self._random.accept(min(1.0, ratio), position + index, self._offset + ACCEPT):
+                break
+            accepted += 1
+        rest = target_probs[accepted]
+        if accepted < len(draft):
+            rest = residual(rest, draft.probs[accepted])
+        token = self._random.choose(rest, position + accepted, self._offset + REPLACE)
+        return Verdict(num_accepted=accepted, next_token=token)
+
+    def _verify_block(self, draft: Draft, target_probs: torch.Tensor, position: int) -> Verdict:
+        """Algorithm 2 of 2403.10444; `weights[i]` is its p_i, the chance that the first i tokens could all be kept."""
+        count, weights, rests = len(draft), [1.0], []
+        for ratio in self._ratios(draft, target_probs):
+            weights.append(min(1.0, weights[-1] * ratio))
+        for index in range(count):
+            rests.append(
+                (weights[index] * target_probs[index] - _padded(draft.probs[index], target_probs)).clamp_min(0)
+            )
+        rests.append(target_probs[count])
+        accepted = 0
+        for index in range(1, count + 1):
+            weight = weights[index]
+            if index < count and weight < 1:
+                mass = float(rests[index].sum())
+                weight = mass / (mass + 1 - weight)
+            if self._random.accept(weight, position + index - 1, self._offset + ACCEPT):
+                accepted = index
+        rest = rests[accepted]
+        total = rest.sum()
+        # Without mass left the rejection had probability zero, up to rounding.
+        rest = rest / total if float(total) > 0 else target_probs[accepted]
+        token = self._random.choose(rest, position + accepted, self._offset + REPLACE)
+        return Verdict(num_accepted=accepted, next_token=token)
+
+    def _ratios(self, draft: Draft, target_probs: torch.Tensor) -> list[float]:
+        """target/draft probability of each drafted token."""
+        if not len(draft):
+            return []
+        tokens = torch.tensor(draft.tokens, device=target_probs.device)
+        target = target_probs[: len(draft)].gather(-1, tokens[:, None])[:, 0]
+        drafted = torch.stack([probs[token] for probs, token in zip(draft.probs, draft.tokens, strict=True)])
+        return (target.double() / drafted.double()).tolist()
+
+
+class GumbelCoupling:
+    """The race; also greedy decoding, where the winner is the most probable token whatever the noise."""
+
+    def __init__(self, sampling: SamplingConfig, random: RandomSource):
+        self._sampling, self._random = sampling, random
+
+    def start_round(self, index: int) -> None:
+        self._random.start_round(index)
+
+    def _winner(self, logits: torch.Tensor, position: int) -> int:
+        probs = distribution(logits[None], self._sampling)[0]
+        return int(probs.argmax()) if self._sampling.is_greedy else self._random.race(probs, position)
+
+    def draw(self, logits: torch.Tensor, position: int) -> tuple[int, None]:
+        """See MaximalCoupling.draw; no distribution is needed by the level above."""
+        return self._winner(logits, position), None
+
+    def verify(self, draft: Draft, logits: torch.Tensor, position: int) -> tuple[Verdict, None]:
+        """See MaximalCoupling.verify: keeps the draft as far as it equals this level's own tokens."""
+        accepted, token = 0, self._winner(logits[0], position)
+        while accepted < len(draft) and token == draft.tokens[accepted]:
+            accepted += 1
+            token = self._winner(logits[accepted], position + accepted)
+        return Verdict(num_accepted=accepted, next_token=token), None
+
+
+def residual(target_probs: torch.Tensor, draft_probs: torch.Tensor) -> torch.Tensor:
+    """norm(max(target - draft, 0)), [V]; `target_probs` itself where nothing is left (equal up to rounding)."""
+    rest = (target_probs - _padded(draft_probs, target_probs)).clamp_min(0)
+    total = rest.sum()
+    return rest / total if float(total) > 0 else target_probs
+
+
+def _padded(draft_probs: torch.Tensor, target_probs: torch.Tensor) -> torch.Tensor:
+    """Vocabularies padded differently: ids that the drafter lacks have probability 0 there."""
+    missing = target_probs.shape[-1] - draft_probs.shape[-1]
+    return torch.nn.functional.pad(draft_probs, (0, missing)) if missing else draft_probs
+
+
+def make_coupling(sampling: SamplingConfig, random: RandomSource, level: int, *, is_last: bool):
+    """The coupling of a level (1 drafter, 2 retrieval draft, 3 target; `is_last`: the target)."""
+    if sampling.is_greedy or sampling.coupling is Coupling.gumbel:
+        return GumbelCoupling(sampling, random)
+    return MaximalCoupling(sampling, random, level, block=sampling.block_verification and is_last)

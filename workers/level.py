@@ -1,0 +1,76 @@
+"""What the three levels share: a model with a cache that follows the session's tokens."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class CachedModel(Protocol):
+    """A language model with its cache: it holds the first `length` tokens of a sequence."""
+
+    length: int
+
+    def prefill(self, tokens: list[int]) -> None:
+        """Empties the cache and reads `tokens`."""
+
+    def append(self, tokens: list[int], num_logits: int) -> torch.Tensor:
+        """Reads `tokens` after those held; the logits [num_logits, V] that follow the last `num_logits` of them."""
+
+    def truncate(self, length: int) -> None:
+        """Forgets all but the first `length` tokens."""
+
+
+class Level:
+    """Feeds a cached model what it has not seen yet, and rolls it back where the sequence took another way.
+
+    A call names the tokens it means: the committed ones, then `after` (tentative), then the draft. Whatever the
+    cache holds beyond their common prefix is dropped, so that no separate roll back is ever needed.
+    """
+
+    def __init__(self, model: CachedModel):
+        self.model = model
+        self.committed: list[int] = []
+        self._held: list[int] = []  # the tokens in the cache
+        self._num_agreed = 0  # so many of them are known to equal the committed ones
+        self.num_commits = 0
+
+    def prefill(self, prompt: list[int]) -> None:
+        """Reads the prompt but for its last token, whose logits the first verification asks for."""
+        self.committed, self.num_commits = list(prompt), 0
+        self._held = self.committed[:-1]
+        self._num_agreed = len(self._held)
+        self.model.prefill(self._held)
+
+    def commit(self, tokens: list[int]) -> None:
+        """Makes `tokens` final, and rolls the cache back to its common prefix with them."""
+        self.committed += tokens
+        self.num_commits += 1
+        self._roll_back([], len(self.committed))
+
+    def logits_after(self, after: list[int], draft: list[int]) -> torch.Tensor:
+        """Logits [len(draft) + 1, V]: for each drafted token's place, and for the one after the last."""
+        num_committed = len(self.committed)
+        # The token before the draft is read in any case: its logits judge the first drafted token.
+        common = self._roll_back(after + draft, num_committed + len(after) - 1)
+        unseen = self.committed[common:] + (after + draft)[max(0, common - num_committed) :]
+        logits = self.model.append(unseen, len(draft) + 1)
+        self._held += unseen
+        return logits
+
+    def _roll_back(self, tail: list[int], limit: int) -> int:
+        """Truncates to the common prefix with committed + tail, at most `limit` tokens; returns its length."""
+        num_committed = len(self.committed)
+        wanted_end = min(limit, len(self._held), num_committed + len(tail))
+        common = min(self._num_agreed, wanted_end)
+        while common < wanted_end:
+            wanted = self.committed[common] if common < num_committed else tail[common - num_committed]
+            if self._held[common] != wanted:
+                break
+            common += 1
+        if common < len(self._held):
+            self.model.truncate(common)
+            del self._held[common:]
+        self._num_agreed = min(common, num_committed)
+        return common

@@ -1,0 +1,37 @@
+"""Level 2: the target's weights on a retrieved part of its cache verify the drafter and draft for the target."""
+
+from __future__ import annotations
+
+from workers.level import CachedModel, Level
+from workers.messages import RETRIEVAL, Draft, InnerStep
+
+
+class RetrievalDrafter(Level):
+    """Hands up tokens distributed exactly as the retrieval model samples: kept drafts, then a token of its own."""
+
+    def __init__(self, model: CachedModel, coupling):
+        super().__init__(model)
+        self._coupling = coupling
+
+    def prefill(self, prompt: list[int]) -> None:
+        """Reads nothing: its cache comes from the verifier, with the first `refresh`."""
+        self.committed, self.num_commits = list(prompt), 0
+        self._held, self._num_agreed = [], 0
+
+    def extend(self, after: list[int], draft: Draft) -> InnerStep:
+        """See orchestrator.hierarchy.RetrieverRole."""
+        self._coupling.start_round(self.num_commits)
+        logits = self.logits_after(after, draft.tokens)
+        verdict, probs = self._coupling.verify(draft, logits, len(self.committed) + len(after))
+        kept = draft.cut(verdict.num_accepted)
+        handed_up = Draft(tokens=[*kept.tokens, verdict.next_token], origins=[*kept.origins, RETRIEVAL], probs=probs)
+        return InnerStep(draft=handed_up, num_proposed=len(draft), num_accepted=verdict.num_accepted)
+
+    def refresh(self, update) -> None:
+        """See orchestrator.hierarchy.RetrieverRole; the cache then holds what the verifier's does, or follows it."""
+        self.model.load(update)
+        self._held = self.committed[: self.model.length]
+        self._num_agreed = self.model.length
+
+    def needs_rebuild(self) -> bool:
+        return self.model.is_full

@@ -1,0 +1,25 @@
+"""Level 3: the target on its full cache verifies the block, losslessly."""
+
+from __future__ import annotations
+
+from workers.level import CachedModel, Level
+from workers.messages import Draft, Verdict
+
+
+class TargetVerifier(Level):
+    """Keeps the part of a block that the target's distribution allows and adds one token."""
+
+    def __init__(self, model: CachedModel, coupling):
+        super().__init__(model)
+        self._coupling = coupling
+
+    def verify(self, draft: Draft) -> Verdict:
+        """Judges `draft`, which follows the committed tokens. Raises NotFiniteError if the target's logits are not."""
+        self._coupling.start_round(self.num_commits)
+        logits = self.logits_after([], draft.tokens)
+        verdict, _ = self._coupling.verify(draft, logits, len(self.committed))
+        return verdict
+
+    def retrieval_update(self, *, rebuild: bool):
+        """What the retriever's `refresh` wants; call it after `commit`."""
+        return self.model.retrieval_update(rebuild=rebuild)
