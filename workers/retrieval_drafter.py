@@ -30,7 +30,7 @@ class RetrievalDrafter(Level):
     def refresh(self, update) -> None:
         """See orchestrator.hierarchy.RetrieverRole; the cache then holds what the verifier's does, or follows it."""
         self.model.load(update)
-        self._held = self.committed[: self.model.length]
+        self._held[self._num_agreed :] = self.committed[self._num_agreed : self.model.length]
         self._num_agreed = self.model.length
 
     def needs_rebuild(self) -> bool:

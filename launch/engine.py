@@ -1,0 +1,314 @@
+"""Puts a run together in one process: models, tiers, caches, roles, and the hierarchy over them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from conf.schema import LOOKUP_DRAFTER, ConfigError, Dtype, RunConfig
+from orchestrator.hierarchy import Hierarchy
+from orchestrator.rebuild_policy import RebuildPolicy
+from orchestrator.session import Session
+from orchestrator.text_stream import TextStream
+from tiers.chunk_index import ChunkIndex
+from tiers.device_tier import DeviceTier
+from tiers.full_cache import DeviceLayer, FullCache, HostLayer
+from tiers.memory import device_free_bytes, host_free_bytes
+from tiers.pinned_host_tier import PinnedHostTier, can_pin
+from tiers.plan import MemoryPlan, PlanInput, make_plan
+from tiers.retrieval_cache import RetrievalCache
+from tiers.streaming_llm_cache import StreamingLLMCache
+from tiers.transfer import make_streamer
+from workers.acceptance import KeyedRandom, make_coupling
+from workers.drafter import Drafter
+from workers.lookup_drafter import LookupDrafter
+from workers.model import RetrievalModel, StreamingModel, TargetModel
+from workers.pretrained import ModelFacts, check_same_vocabulary, describe, load_model
+from workers.retrieval_drafter import RetrievalDrafter
+from workers.target_verifier import TargetVerifier
+
+PIECE_TOKENS = 1024
+MIN_STREAMING_SLACK = 64
+LEVEL_DRAFTER, LEVEL_RETRIEVAL, LEVEL_TARGET = 1, 2, 3
+
+
+@dataclass(kw_only=True)
+class Prepared:
+    """A configuration resolved against its models, no weights read yet."""
+
+    device: torch.device
+    target: ModelFacts
+    drafter: ModelFacts | None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def tokenizer(self):
+        return self.target.tokenizer
+
+    @property
+    def max_positions(self) -> int:
+        return self.target.max_positions
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return self.target.eos_ids
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Chooses device and dtype, reads configurations and tokenizers, checks that they fit. Raises ConfigError."""
+    device = _choose_device(config.placement.device)
+    num_threads = _set_threads(config.placement.threads)
+    dtype = _choose_dtype(config.model.dtype, device)
+    target = describe("model.target", config.model.target, dtype)
+    drafter = None
+    if config.uses_drafter and config.model.drafter != LOOKUP_DRAFTER:
+        drafter = describe("model.drafter", config.model.drafter, dtype)
+        check_same_vocabulary(target, drafter)
+        _check_drafter_window(config, drafter)
+    where = f"device {device}" + (f", {num_threads} threads" if device.type == "cpu" else "")
+    return Prepared(device=device, target=target, drafter=drafter, notes=[f"{where}, {str(dtype).split('.')[-1]}"])
+
+
+def _choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        device = torch.device("cuda:0" if name == "cuda" else name)
+        if device.index >= count:
+            raise ConfigError(f"placement.device is {name!r}; this machine has {count} CUDA devices: use cpu or auto")
+        return device
+    return torch.device(name)
+
+
+def _set_threads(threads: str) -> int:
+    """torchrun sets OMP_NUM_THREADS=1 unless the user did; for a lone process all cores are meant."""
+    if threads != "auto":
+        torch.set_num_threads(int(threads))
+    elif os.environ.get("TORCHELASTIC_RUN_ID") and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    return torch.get_num_threads()
+
+
+def _choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    if dtype is not Dtype.auto:
+        return getattr(torch, dtype)
+    computes_bf16 = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if computes_bf16 else torch.float32
+
+
+def _streaming_slack(config: RunConfig) -> int:
+    return max(MIN_STREAMING_SLACK, 2 * _slack_tokens(config))
+
+
+def _slack_tokens(config: RunConfig) -> int:
+    """Most tentative tokens of a round: a block, what its last inner step brings on top, and the target's own."""
+    return config.decoding.gamma2 + config.decoding.gamma1 + 2
+
+
+def _check_drafter_window(config: RunConfig, drafter: ModelFacts) -> None:
+    streaming = config.cache.streaming
+    most = drafter.max_positions - streaming.sinks - _streaming_slack(config)
+    if streaming.window > most:
+        raise ConfigError(
+            f"cache.streaming.window is {streaming.window}; it must be at most {most}: the drafter knows "
+            f"{drafter.max_positions} positions, for {streaming.sinks} sinks and {_streaming_slack(config)} tokens in flight"
+        )
+
+
+@dataclass(kw_only=True)
+class Engine:
+    """A run ready to start, with what it reports at the end."""
+
+    hierarchy: Hierarchy
+    plan: MemoryPlan
+    notes: list[str]
+    _device: torch.device
+    _tiers: list
+    _weight_bytes: int
+    _full_cache: FullCache
+    _target: TargetModel
+
+    def on_prefill_progress(self, callback) -> None:
+        """`callback(num_read, num_tokens)` is called after each piece of the prompt."""
+        self._target.on_prefill_progress = callback
+
+    def memory_report(self) -> dict[str, dict[str, int]]:
+        """Planned and peak bytes of each tier; on CUDA the device's peak is the allocator's, else what was handed out."""
+        peaks = {tier.name: tier.peak_bytes for tier in self._tiers}
+        peaks["device"] += self._weight_bytes
+        if self._device.type == "cuda":
+            peaks["device"] = torch.cuda.max_memory_allocated(self._device)
+        totals = self.plan.totals
+        return {name: {"planned_bytes": totals[name], "peak_bytes": peaks[name]} for name in totals}
+
+    def streaming_report(self) -> dict[str, float]:
+        """What was streamed from the host tier."""
+        stats = self._full_cache.stream_stats
+        rate = stats.num_bytes / stats.seconds / 1e9 if stats.seconds else 0.0
+        return {
+            "bytes": stats.num_bytes,
+            "seconds": stats.seconds,
+            "gb_per_s": rate,
+            "stall_s": stats.stall_seconds,
+        }
+
+    def close(self) -> None:
+        self._full_cache.close()
+
+
+def build(config: RunConfig, prepared: Prepared, prompt_ids: list[int], max_new_tokens: int, seed: int) -> Engine:
+    """Plans the memory, then loads weights and makes the caches. Raises ConfigError."""
+    max_tokens = len(prompt_ids) + max_new_tokens
+    config = _with_budget_in_context(config, len(prompt_ids), notes := list(prepared.notes))
+    plan = make_plan(_plan_input(config, prepared, max_tokens, max_new_tokens), config.cache)
+    notes.append(plan.reason)
+    return _Builder(config, prepared, plan, seed, max_new_tokens, notes).build(prompt_ids)
+
+
+def _with_budget_in_context(config: RunConfig, num_prompt_tokens: int, notes: list[str]) -> RunConfig:
+    retrieval = config.cache.retrieval
+    most = -(-num_prompt_tokens // retrieval.chunk_size) * retrieval.chunk_size
+    if not config.uses_retrieval or retrieval.budget <= most:
+        return config
+    notes.append(f"cache.retrieval.budget={retrieval.budget} is more than the prompt: cut to {most}")
+    return replace(config, cache=replace(config.cache, retrieval=replace(retrieval, budget=most)))
+
+
+def _retrieval_tail_tokens(config: RunConfig, max_new_tokens: int) -> int:
+    """Room for the tokens after a rebuild: all of them if there is none, else half a budget."""
+    tail = max_new_tokens
+    if config.cache.retrieval.rebuild != "never":
+        tail = min(tail, max(config.cache.retrieval.budget // 2, 4 * _slack_tokens(config)))
+    return tail + config.cache.retrieval.chunk_size + 2 * _slack_tokens(config)
+
+
+def _plan_input(config: RunConfig, prepared: Prepared, max_tokens: int, max_new_tokens: int) -> PlanInput:
+    target, drafter, gib = prepared.target, prepared.drafter, 2**30
+    text_config = target.config.get_text_config()
+    intermediate = getattr(text_config, "intermediate_size", None) or 4 * text_config.hidden_size
+    # A piece of the prompt passes through a layer: hidden states, the MLP's two inputs, attention's fp32 output.
+    activation_bytes = PIECE_TOKENS * 4 * (4 * text_config.hidden_size + 3 * intermediate)
+    slots = 0
+    if config.uses_retrieval:
+        slots = config.cache.retrieval.budget + _retrieval_tail_tokens(config, max_new_tokens)
+    device_limit, host_limit = config.placement.device_memory_gib, config.placement.host_memory_gib
+    streaming = config.cache.streaming
+    return PlanInput(
+        target_shape=target.cache_shape,
+        target_weight_bytes=target.num_weight_bytes,
+        max_tokens=max_tokens,
+        slack_tokens=_slack_tokens(config),
+        retrieval_slots=slots,
+        chunk_size=config.cache.retrieval.chunk_size,
+        drafter_shape=drafter.cache_shape if drafter else None,
+        drafter_weight_bytes=drafter.num_weight_bytes if drafter else 0,
+        drafter_slots=streaming.sinks + streaming.window + _streaming_slack(config) if drafter else 0,
+        activation_bytes=activation_bytes,
+        device_free_bytes=int(device_limit * gib) if device_limit else device_free_bytes(prepared.device),
+        host_free_bytes=int(host_limit * gib) if host_limit else host_free_bytes(),
+        device_is_host=prepared.device.type != "cuda",
+    )
+
+
+class _Builder:
+    """The steps of `build` share these."""
+
+    def __init__(self, config: RunConfig, prepared: Prepared, plan: MemoryPlan, seed: int, max_new_tokens: int, notes):
+        self._config, self._prepared, self._plan = config, prepared, plan
+        self._max_new_tokens, self._notes = max_new_tokens, notes
+        self._device_tier = DeviceTier(prepared.device)
+        self._host_tier = PinnedHostTier(pin=prepared.device.type == "cuda" and can_pin())
+        if prepared.device.type == "cuda" and not self._host_tier.pin and plan.host_bytes:
+            notes.append("host memory is not pinned (cupy is missing): copies will be slow")
+        self._random = KeyedRandom(seed)
+
+    def build(self, prompt_ids: list[int]) -> Engine:
+        config, prepared = self._config, self._prepared
+        target = load_model(prepared.target, prepared.device, self_check=config.model.self_check)
+        full_cache = self._full_cache()
+        retrieval = config.cache.retrieval
+        target_model = TargetModel(
+            target,
+            full_cache,
+            prepared.target.windows,
+            piece_tokens=PIECE_TOKENS,
+            chunk_index=self._chunk_index() if config.uses_retrieval else None,
+            budget=retrieval.budget,
+        )
+        hierarchy = Hierarchy(
+            session=Session(
+                prompt=prompt_ids,
+                max_new_tokens=self._max_new_tokens,
+                text_stream=TextStream(self._decode, config.generation.stop),
+                eos_ids=frozenset() if config.generation.ignore_eos else prepared.eos_ids,
+            ),
+            verifier=TargetVerifier(target_model, self._coupling(LEVEL_TARGET)),
+            retriever=self._retriever(target) if config.uses_retrieval else None,
+            drafter=self._drafter(target.vocab_size) if config.uses_drafter else None,
+            gamma1=config.decoding.gamma1,
+            gamma2=config.decoding.gamma2,
+            exact_blocks=config.sampling.block_verification,
+            rebuild_policy=RebuildPolicy(int(retrieval.rebuild) if retrieval.rebuild.isdigit() else retrieval.rebuild),
+        )
+        weights = prepared.target.num_weight_bytes + (prepared.drafter.num_weight_bytes if prepared.drafter else 0)
+        return Engine(
+            hierarchy=hierarchy,
+            plan=self._plan,
+            notes=self._notes,
+            _device=prepared.device,
+            _tiers=[self._device_tier, self._host_tier],
+            _weight_bytes=weights,
+            _full_cache=full_cache,
+            _target=target_model,
+        )
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._prepared.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _coupling(self, level: int):
+        return make_coupling(self._config.sampling, self._random, level, is_last=level == LEVEL_TARGET)
+
+    def _full_cache(self) -> FullCache:
+        plan, facts = self._plan, self._prepared.target
+        shape, slack = facts.cache_shape, plan.slack_tokens
+        num_host_layers = shape.num_layers - plan.num_device_layers
+        # Host layers first: their stream starts with the pass, and the device layers' work overlaps with nothing anyway.
+        layers: list = [
+            HostLayer(shape, plan.max_tokens, plan.block_tokens, slack, self._host_tier, self._device_tier)
+            for _ in range(num_host_layers)
+        ]
+        layers += [
+            DeviceLayer(shape, plan.max_tokens + slack, self._device_tier) for _ in range(plan.num_device_layers)
+        ]
+        streamer = None
+        if num_host_layers:
+            block = (2, shape.num_kv_heads, plan.block_tokens, shape.head_dim)
+            device = self._prepared.device
+            streamer = make_streamer(block, shape.dtype, plan.stream_buffers, self._device_tier, device)
+        return FullCache(layers, facts.windows, streamer)
+
+    def _chunk_index(self) -> ChunkIndex:
+        capacity = self._plan.max_tokens + self._plan.slack_tokens
+        shape, chunk_size = self._prepared.target.cache_shape, self._config.cache.retrieval.chunk_size
+        return ChunkIndex(shape, capacity, chunk_size, self._device_tier)
+
+    def _retriever(self, target) -> RetrievalDrafter:
+        tail = _retrieval_tail_tokens(self._config, self._max_new_tokens)
+        budget, slack = self._config.cache.retrieval.budget, self._plan.slack_tokens
+        cache = RetrievalCache(self._prepared.target.cache_shape, budget, tail, slack, self._device_tier)
+        return RetrievalDrafter(RetrievalModel(target, cache), self._coupling(LEVEL_RETRIEVAL))
+
+    def _drafter(self, vocab_size: int):
+        config, facts = self._config, self._prepared.drafter
+        if facts is None:
+            coupling = self._config.sampling.coupling
+            one_hot = coupling == "maximal" and not self._config.sampling.is_greedy
+            return LookupDrafter(vocab_size, one_hot=one_hot)
+        streaming = config.cache.streaming
+        slack = _streaming_slack(config)
+        cache = StreamingLLMCache(facts.cache_shape, streaming.sinks, streaming.window, slack, self._device_tier)
+        model = load_model(facts, self._prepared.device, self_check=config.model.self_check)
+        return Drafter(StreamingModel(model, cache), self._coupling(LEVEL_DRAFTER), vocab_size)

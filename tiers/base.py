@@ -1,0 +1,97 @@
+"""The words of this folder: what a tier gives, what a cache holds, how many bytes that takes. Loads without CUDA.
+
+Shape letters everywhere in tiers/ and workers/attention.py:
+    H kv heads   G query heads of one kv head   T new tokens   N keys   D head dimension   B tokens of a block
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class CacheShape:
+    """What one token's keys and values look like."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token_and_layer(self) -> int:
+        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.num_layers * self.bytes_per_token_and_layer
+
+
+class OutOfTierMemoryError(MemoryError):
+    """A tier has less memory than was asked for; the message names tier, need and have."""
+
+
+class Tier(Protocol):
+    """A kind of memory. Tensors come from `allocate`, uninitialised, and count until `free`."""
+
+    name: str
+    used_bytes: int
+    peak_bytes: int
+
+    def allocate(self, *size: int, dtype: torch.dtype) -> torch.Tensor:
+        """Raises OutOfTierMemoryError."""
+
+    def free(self, tensor: torch.Tensor) -> None: ...
+
+
+@dataclass(slots=True)
+class Segment:
+    """Some keys and values of one layer, on the device, [H, N, D] each.
+
+    `start` is the position of the first key where they are contiguous; else `positions` [H, N] has one for each.
+    The last `num_new` keys belong to the tokens being read now, which see each other causally.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    start: int | None = None
+    positions: torch.Tensor | None = None
+    num_new: int = 0
+
+
+class KVCache(Protocol):
+    """Keys and values of a sequence's first `length` tokens, or of some of them.
+
+    A forward pass over T new tokens calls `begin(T)`, then for each layer `append` and `segments`, then `end()`, with
+    which the tokens count. The segments of a layer cover what the level sees, the new tokens in the last of them.
+    """
+
+    length: int
+
+    def begin(self, num_new: int) -> None: ...
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Keys and values [H, T, D] of the new tokens."""
+
+    def segments(self, layer: int) -> Iterator[Segment]:
+        """A segment is valid until the next one is asked for."""
+
+    def end(self) -> None: ...
+    def abort(self) -> None:
+        """The pass failed: as if it had not begun."""
+
+    def truncate(self, length: int) -> None:
+        """Rolls back to the first `length` tokens."""
+
+    def reset(self) -> None:
+        """Empties it: the same as a new one."""
+
+
+def gather_chunks(rows: torch.Tensor, chunk_ids: torch.Tensor, chunk_size: int) -> torch.Tensor:
+    """Chunks of `rows` [H, N, D], chosen per head by `chunk_ids` [H, m]: [H, m * chunk_size, D]."""
+    offsets = torch.arange(chunk_size, device=chunk_ids.device)
+    tokens = (chunk_ids[..., None] * chunk_size + offsets).flatten(1)
+    return rows.gather(1, tokens[..., None].expand(-1, -1, rows.shape[-1]))

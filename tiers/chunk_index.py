@@ -1,0 +1,70 @@
+"""Which chunks of the context matter to the next tokens: mean keys, kept incrementally, and the choice among them.
+
+TriForce (arXiv 2404.11912, section 4.1): a chunk is scored by the query and its mean key. Here per kv head, the query
+heads of a group pooled, over the queries of all tokens of the last verification that were accepted.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tiers.base import CacheShape
+from tiers.full_cache import FullCache
+
+
+class ChunkIndex:
+    """Mean keys [H, number of complete chunks, D] of each layer of a full cache."""
+
+    NEWEST_SHARE = 1 / 8
+    """Of the budget: newest tokens that are kept without being scored."""
+
+    def __init__(self, shape: CacheShape, capacity: int, chunk_size: int, tier):
+        self.chunk_size = chunk_size
+        size = (shape.num_layers, shape.num_kv_heads, capacity // chunk_size, shape.head_dim)
+        self._means = tier.allocate(*size, dtype=shape.dtype)
+        self._num_indexed = [0] * shape.num_layers
+
+    def observe(self, layer: int, start: int, k: torch.Tensor) -> None:
+        """Takes keys [H, T, D] that are final, as prefill appends them from position `start` on."""
+        first = self._num_indexed[layer]
+        skipped = first * self.chunk_size - start
+        count = (k.shape[1] - skipped) // self.chunk_size
+        if skipped < 0 or count <= 0:
+            return  # the chunk began in an earlier piece: catch_up reads it from the cache
+        rows = k[:, skipped : skipped + count * self.chunk_size]
+        self._means[layer, :, first : first + count] = self._mean(rows)
+        self._num_indexed[layer] = first + count
+
+    def catch_up(self, cache: FullCache) -> None:
+        """Indexes the complete chunks of the cache's tokens, which must be final."""
+        for layer, first in enumerate(self._num_indexed):
+            end = cache.length // self.chunk_size
+            if first < end:
+                k, _ = cache.read(layer, first * self.chunk_size, end * self.chunk_size)
+                self._means[layer, :, first:end] = self._mean(k)
+                self._num_indexed[layer] = end
+
+    def _mean(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.unflatten(1, (-1, self.chunk_size)).mean(dim=2, dtype=torch.float32)
+
+    def reset(self) -> None:
+        self._num_indexed = [0] * len(self._num_indexed)
+
+    def select(self, layer: int, q: torch.Tensor, budget_chunks: int, oldest: int = 0) -> torch.Tensor:
+        """The best chunks for queries `q` [H, G, T, D]: ids [H, budget_chunks] in ascending order.
+
+        The first chunk and the newest ones are always among them; chunks before position `oldest` only if nothing
+        else is left. Needs at least `budget_chunks` complete chunks.
+        """
+        num_chunks = self._num_indexed[layer]
+        assert 0 < budget_chunks <= num_chunks, f"{budget_chunks} of {num_chunks} chunks"
+        means = self._means[layer, :, :num_chunks]
+        q = q.flatten(1, 2)
+        scores = torch.matmul(q.float(), means.float().transpose(1, 2)) * q.shape[-1] ** -0.5
+        scores = torch.softmax(scores, dim=-1).mean(dim=1)
+        scores[:, : oldest // self.chunk_size] = -1
+        num_newest = max(1, int(budget_chunks * self.NEWEST_SHARE))
+        scores[:, num_chunks - num_newest :] = 2  # above any probability
+        if budget_chunks > num_newest:
+            scores[:, 0] = 2
+        return scores.topk(budget_chunks, dim=-1).indices.sort(dim=-1).values

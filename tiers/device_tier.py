@@ -1,0 +1,29 @@
+"""The device tier: memory of the compute device. On a machine without a GPU that is ordinary memory."""
+
+from __future__ import annotations
+
+import torch
+
+from tiers.base import OutOfTierMemoryError
+
+
+class DeviceTier:
+    """Allocates on `device` and keeps count."""
+
+    def __init__(self, device: torch.device):
+        self.name, self.device = "device", device
+        self.used_bytes = self.peak_bytes = 0
+
+    def allocate(self, *size: int, dtype: torch.dtype) -> torch.Tensor:
+        """See tiers.base.Tier."""
+        try:
+            tensor = torch.empty(size, dtype=dtype, device=self.device)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            raise OutOfTierMemoryError(f"the device tier cannot give a tensor of {size} {dtype}: {error}") from error
+        self.used_bytes += tensor.nbytes
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+        return tensor
+
+    def free(self, tensor: torch.Tensor) -> None:
+        """The memory itself goes with the last reference."""
+        self.used_bytes -= tensor.nbytes

@@ -1,0 +1,31 @@
+"""How much memory there is: free on the device, and on the host within the limits of the cgroup."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def host_free_bytes() -> int:
+    """Available memory, or what the cgroup's limit leaves if that is less."""
+    free = psutil.virtual_memory().available
+    for limit_file, usage_file in (
+        (CGROUP / "memory.max", CGROUP / "memory.current"),
+        (CGROUP / "memory/memory.limit_in_bytes", CGROUP / "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit, usage = limit_file.read_text().strip(), usage_file.read_text().strip()
+        except OSError:
+            continue
+        if limit.isdigit():
+            free = min(free, max(0, int(limit) - int(usage)))
+    return free
+
+
+def device_free_bytes(device: torch.device) -> int:
+    """Free memory of a CUDA device; on a CPU that of the host."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_free_bytes()

@@ -1,0 +1,97 @@
+"""Level 2: the retrieval cache. Chosen chunks of the context, then all newer tokens.
+
+slots of a layer            hold                                            written by
+[0, num_retrieved)          tokens of the chosen chunks, other ones per     load
+                            kv head, ascending by position
+[num_retrieved, ...)        the tokens from position `base` on              append (drafted keys and values),
+                                                                            replace (the verifier's true ones)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from tiers.base import CacheShape, Segment, Tier
+
+
+@dataclass(slots=True)
+class RetrievalUpdate:
+    """What the verifier tells the retrieval cache: the true keys and values of some tokens.
+
+    `kv[layer]` is (k, v), [H, n, D] each. A rebuild brings the chosen chunks, and `positions[layer]` [H, n] of them;
+    otherwise they are the tokens from position `start` on. Either way the cache then holds `length` tokens.
+    """
+
+    is_rebuild: bool
+    start: int
+    length: int
+    kv: list[tuple[torch.Tensor, torch.Tensor]]
+    positions: list[torch.Tensor] | None = None
+
+
+class RetrievalCache:
+    """See tiers.base.KVCache; `length` counts the tokens of the sequence, of which it holds a part.
+
+    `tail_tokens` is the room for tokens after the last rebuild, `slack` of which tentative ones may need at once.
+    """
+
+    def __init__(self, shape: CacheShape, budget: int, tail_tokens: int, slack: int, tier: Tier):
+        size = (shape.num_layers, 2, shape.num_kv_heads, budget + tail_tokens, shape.head_dim)
+        self._kv = tier.allocate(*size, dtype=shape.dtype)
+        self._positions = tier.allocate(shape.num_layers, shape.num_kv_heads, size[3], dtype=torch.int64)
+        self._slack = slack
+        self.reset()
+
+    def reset(self) -> None:
+        self.length = self.base = self._num_retrieved = self._num_new = 0
+
+    @property
+    def is_full(self) -> bool:
+        """The tail may not take another round: the cache must be rebuilt."""
+        return self._slot(self.length) + self._slack > self._kv.shape[3]
+
+    def _slot(self, position: int) -> int:
+        return self._num_retrieved + position - self.base
+
+    def load(self, update: RetrievalUpdate) -> None:
+        """Takes a rebuild, or replaces drafted keys and values by the verifier's."""
+        if update.is_rebuild:
+            self.base, self._num_retrieved = update.length, update.kv[0][0].shape[1]
+        first = 0 if update.is_rebuild else self._slot(update.start)
+        for layer, (k, v) in enumerate(update.kv):
+            end = first + k.shape[1]
+            self._kv[layer, 0, :, first:end] = k
+            self._kv[layer, 1, :, first:end] = v
+            if update.is_rebuild:
+                self._positions[layer, :, :end] = update.positions[layer]
+        self.length = update.length
+
+    def begin(self, num_new: int) -> None:
+        end = self._slot(self.length + num_new)
+        assert end <= self._kv.shape[3], f"{end} slots exceed the capacity {self._kv.shape[3]}"
+        self._num_new = num_new
+        new = torch.arange(self.length, self.length + num_new, device=self._positions.device)
+        self._positions[:, :, self._slot(self.length) : end] = new
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        first = self._slot(self.length)
+        self._kv[layer, 0, :, first : first + k.shape[1]] = k
+        self._kv[layer, 1, :, first : first + k.shape[1]] = v
+
+    def segments(self, layer: int) -> Iterator[Segment]:
+        end = self._slot(self.length + self._num_new)
+        k, v = self._kv[layer, :, :, :end]
+        yield Segment(k, v, positions=self._positions[layer, :, :end], num_new=self._num_new)
+
+    def end(self) -> None:
+        self.length += self._num_new
+
+    def abort(self) -> None:
+        self._num_new = 0
+
+    def truncate(self, length: int) -> None:
+        assert self.base <= length <= self.length, f"truncate to {length}, held [{self.base}, {self.length})"
+        self.length = length

@@ -1,0 +1,66 @@
+"""Level 1: StreamingLLM cache (arXiv 2309.17453): the first tokens as attention sinks and a window of newest ones.
+
+Positions are counted within the cache, so a drafter that knows 2K positions works at 128K. Unlike the paper's, which
+evicts a token at a time and so must rotate its keys anew at every step, this one evicts `slack` tokens at a time and
+reads what stays again: one short forward pass every `slack` tokens, keys rotated once, any kind of positions. What the
+drafter sees varies between `window` and `window + slack` newest tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tiers.base import CacheShape, Segment, Tier
+from tiers.full_cache import DeviceLayer
+
+
+class StreamingLLMCache:
+    """See tiers.base.KVCache; `length` and all positions count slots of this cache.
+
+    `window_start` is the sequence position of the token in slot `sinks`; it depends on the sequence's length alone.
+    """
+
+    def __init__(self, shape: CacheShape, sinks: int, window: int, slack: int, tier: Tier):
+        self.sinks, self.window, self.slack = sinks, window, slack
+        self._layers = [DeviceLayer(shape, self.capacity, tier) for _ in range(shape.num_layers)]
+        self.reset()
+
+    @property
+    def capacity(self) -> int:
+        """Slots."""
+        return self.sinks + self.window + self.slack
+
+    def reset(self) -> None:
+        self.length = self._num_new = 0
+        self.window_start = self.sinks
+
+    def window_start_for(self, num_tokens: int) -> int:
+        """Where the window starts when the sequence has `num_tokens` tokens: a whole number of slacks after the sinks."""
+        excess = num_tokens - self.capacity
+        return self.sinks + max(0, -(-excess // self.slack)) * self.slack
+
+    def slot(self, position: int) -> int:
+        """The slot of the token at `position` of the sequence (a sink or in the window)."""
+        return position if position < self.sinks else self.sinks + position - self.window_start
+
+    def begin(self, num_new: int) -> None:
+        assert self.length + num_new <= self.capacity, f"{self.length} + {num_new} of {self.capacity} slots"
+        self._num_new = num_new
+
+    def append(self, layer: int, k, v) -> None:
+        self._layers[layer].append(self.length, k, v)
+
+    def segments(self, layer: int) -> Iterator[Segment]:
+        k, v = self._layers[layer].read(0, self.length + self._num_new)
+        yield Segment(k, v, start=0, num_new=self._num_new)
+
+    def end(self) -> None:
+        self.length += self._num_new
+
+    def abort(self) -> None:
+        self._num_new = 0
+
+    def truncate(self, length: int) -> None:
+        """Rolls back to the first `length` slots."""
+        assert 0 <= length <= self.length, f"truncate to {length} of {self.length} slots"
+        self.length = length

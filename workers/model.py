@@ -1,0 +1,187 @@
+"""A transformers model that reads and writes our caches, and the three cached models of the levels."""
+
+from __future__ import annotations
+
+import torch
+
+from tiers.chunk_index import ChunkIndex
+from tiers.full_cache import FullCache
+from tiers.retrieval_cache import RetrievalCache, RetrievalUpdate
+from tiers.streaming_llm_cache import StreamingLLMCache
+from workers.attention import ATTENTION_NAME, ForwardPass, active
+from workers.rotary import make_length_independent
+
+
+class CausalModel:
+    """Weights on a device; stateless but for rotary tables."""
+
+    def __init__(self, model, device: torch.device):
+        self.hf_model = model.eval()
+        self.device = device
+        self.vocab_size = model.get_output_embeddings().weight.shape[0]
+        model.set_attn_implementation(ATTENTION_NAME)
+        self._rotary_table = make_length_independent(model)
+
+    def start_sequence(self, num_prompt_tokens: int) -> None:
+        """A prompt of so many tokens comes: it fixes the rotation of each position where that depends on length."""
+        if self._rotary_table is not None:
+            self._rotary_table.read_prompt(num_prompt_tokens)
+
+    @torch.inference_mode()
+    def forward(self, tokens: list[int], cache, num_logits: int, observe=None) -> torch.Tensor:
+        """Reads `tokens` after those in `cache`; logits [num_logits, V] after the last ones."""
+        first = cache.length
+        input_ids = torch.tensor([tokens], device=self.device)
+        position_ids = torch.arange(first, first + len(tokens), device=self.device)[None]
+        with active(ForwardPass(cache, first, observe), len(tokens)):
+            output = self.hf_model(
+                input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=num_logits
+            )
+        return output.logits[0]
+
+
+class TargetModel:
+    """Level 3: the target on its full cache; see workers.level.CachedModel. Keeps what the retrieval cache needs.
+
+    `chunk_index` and `budget` (tokens) are None and 0 where there is no retrieval level.
+    """
+
+    def __init__(self, model: CausalModel, cache: FullCache, windows, *, piece_tokens: int, chunk_index=None, budget=0):
+        self._model, self._cache, self._windows = model, cache, windows
+        self._piece_tokens, self._budget = piece_tokens, budget
+        self._chunk_index: ChunkIndex | None = chunk_index
+        self._queries: dict[int, torch.Tensor] = {}
+        self._queries_start = self._num_sent = 0
+        self.on_prefill_progress = lambda num_read, num_tokens: None
+
+    @property
+    def length(self) -> int:
+        return self._cache.length
+
+    def prefill(self, tokens: list[int]) -> None:
+        """Reads the prompt in pieces, which bounds the memory of activations."""
+        self._cache.reset()
+        if self._chunk_index is not None:
+            self._chunk_index.reset()
+        # The prompt's last token comes with the first verification.
+        self._model.start_sequence(len(tokens) + 1)
+        for at in range(0, len(tokens), self._piece_tokens):
+            piece = tokens[at : at + self._piece_tokens]
+            self._model.forward(piece, self._cache, 1, self._observe_prompt)
+            self.on_prefill_progress(at + len(piece), len(tokens))
+
+    def append(self, tokens: list[int], num_logits: int) -> torch.Tensor:
+        self._queries_start = self._cache.length
+        observe = None if self._chunk_index is None else self._observe
+        return self._model.forward(tokens, self._cache, num_logits, observe)
+
+    def truncate(self, length: int) -> None:
+        self._cache.truncate(length)
+
+    def _observe_prompt(self, layer: int, q, k) -> None:
+        if self._chunk_index is not None:
+            self._chunk_index.observe(layer, self._cache.length, k)
+
+    def _observe(self, layer: int, q, k) -> None:
+        self._queries[layer] = q
+
+    def retrieval_update(self, *, rebuild: bool) -> RetrievalUpdate:
+        """The chunks that matter to the newest tokens, or only the tokens read since the last update."""
+        num_tokens, layers = self._cache.length, range(len(self._windows))
+        start, self._num_sent = min(self._num_sent, num_tokens), num_tokens
+        if not rebuild:
+            kv = [self._cache.read(layer, start, num_tokens) for layer in layers] if start < num_tokens else []
+            return RetrievalUpdate(is_rebuild=False, start=start, length=num_tokens, kv=kv)
+        chosen = [self._retrieve(layer, num_tokens) for layer in layers]
+        return RetrievalUpdate(
+            is_rebuild=True,
+            start=0,
+            length=num_tokens,
+            kv=[(k, v) for k, v, _ in chosen],
+            positions=[positions for _, _, positions in chosen],
+        )
+
+    def _retrieve(self, layer: int, num_tokens: int):
+        """Keys, values and positions of the retrieved tokens of a layer: chunks, then the last incomplete chunk."""
+        size = self._chunk_index.chunk_size
+        num_complete = num_tokens // size
+        num_chunks = min(self._budget // size, num_complete)
+        if layer == 0:
+            self._chunk_index.catch_up(self._cache)
+        window = self._windows[layer]
+        oldest = 0 if window is None else max(0, num_tokens - window + 1)
+        q = self._queries[layer][:, :, : num_tokens - self._queries_start]
+        ids = torch.zeros(q.shape[0], 0, dtype=torch.int64, device=q.device)
+        if num_chunks:
+            ids = self._chunk_index.select(layer, q, num_chunks, oldest)
+        k, v = self._cache.gather(layer, ids, size)
+        positions = (ids[..., None] * size + torch.arange(size, device=ids.device)).flatten(1)
+        if num_complete * size < num_tokens:
+            k_rest, v_rest = self._cache.read(layer, num_complete * size, num_tokens)
+            k, v = torch.cat([k, k_rest], dim=1), torch.cat([v, v_rest], dim=1)
+            rest = torch.arange(num_complete * size, num_tokens, device=ids.device)
+            positions = torch.cat([positions, rest.expand(ids.shape[0], -1)], dim=1)
+        return k, v, positions
+
+
+class RetrievalModel:
+    """Level 2: the target's weights on the retrieval cache; see workers.level.CachedModel."""
+
+    def __init__(self, model: CausalModel, cache: RetrievalCache):
+        self._model, self._cache = model, cache
+
+    @property
+    def length(self) -> int:
+        return self._cache.length
+
+    @property
+    def is_full(self) -> bool:
+        return self._cache.is_full
+
+    def load(self, update: RetrievalUpdate) -> None:
+        """Takes the verifier's keys and values; the cache then holds the verifier's tokens."""
+        self._cache.load(update)
+
+    def append(self, tokens: list[int], num_logits: int) -> torch.Tensor:
+        return self._model.forward(tokens, self._cache, num_logits)
+
+    def truncate(self, length: int) -> None:
+        self._cache.truncate(length)
+
+
+class StreamingModel:
+    """Level 1: the drafter on its StreamingLLM cache; see workers.level.CachedModel."""
+
+    def __init__(self, model: CausalModel, cache: StreamingLLMCache):
+        self._model, self._cache = model, cache
+        self._tokens: list[int] = []
+
+    @property
+    def length(self) -> int:
+        """Of the sequence, of which the cache holds sinks and window."""
+        return len(self._tokens)
+
+    def prefill(self, tokens: list[int]) -> None:
+        self._cache.reset()
+        self._tokens = []
+        if tokens:
+            self.append(tokens, 1)
+
+    def append(self, tokens: list[int], num_logits: int) -> torch.Tensor:
+        cache, num_before = self._cache, len(self._tokens)
+        self._tokens += tokens
+        start = cache.window_start_for(len(self._tokens))
+        if start != cache.window_start or cache.length != cache.slot(num_before):
+            cache.reset()
+            cache.window_start = start
+            tokens = self._tokens[: cache.sinks] + self._tokens[max(start, cache.sinks) :]
+        return self._model.forward(tokens, cache, num_logits)
+
+    def truncate(self, length: int) -> None:
+        """A roll back to before the window's start empties the cache: the next `append` reads again what it needs."""
+        del self._tokens[length:]
+        slot = self._cache.slot(length)
+        if length >= self._cache.window_start and slot <= self._cache.length:
+            self._cache.truncate(slot)
+        elif length < self._cache.window_start:
+            self._cache.reset()

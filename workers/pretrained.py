@@ -1,0 +1,223 @@
+"""Models and tokenizers from local folders or the hub: described and checked before any weight is read, then loaded.
+
+No code from a checkpoint is ever run: configurations with `auto_map` are loaded by transformers' own classes, or refused.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from conf.schema import ConfigError
+from tiers.base import CacheShape
+from tiers.full_cache import DeviceLayer, FullCache
+from tiers.device_tier import DeviceTier
+from workers.model import CausalModel
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+# Attention that our function would compute silently wrong, or that is none.
+REFUSED_MODEL_TYPES = ("llama4", "llama4_text", "gemma3n", "gemma3n_text")
+SUPPORTED_LAYER_TYPES = ("full_attention", "sliding_attention")
+SELF_CHECK_TOKENS = 24
+SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+@dataclass(kw_only=True)
+class ModelFacts:
+    """What a configuration says of a model."""
+
+    key: str
+    """model.target or model.drafter."""
+    source: str
+    """Folder or hub id to load from."""
+    config: transformers.PretrainedConfig
+    tokenizer: transformers.PreTrainedTokenizerBase
+    dtype: torch.dtype
+    cache_shape: CacheShape
+    windows: list[int | None]
+    """The sliding window of each layer, in tokens."""
+    max_positions: int
+    eos_ids: frozenset[int]
+    num_weight_bytes: int
+
+
+def describe(key: str, name: str, dtype: torch.dtype) -> ModelFacts:
+    """Reads configuration and tokenizer of `name`, which `key` asked for. Raises ConfigError."""
+    source = _source(key, name)
+    config = _load(key, name, AutoConfig, source)
+    text_config = config.get_text_config()
+    _refuse_unsupported(key, name, text_config)
+    if Path(source).is_dir():
+        _check_weight_files(key, Path(source))
+    tokenizer = _load(key, name, AutoTokenizer, source)
+    heads = text_config.num_attention_heads
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    return ModelFacts(
+        key=key,
+        source=source,
+        config=config,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        cache_shape=CacheShape(
+            num_layers=text_config.num_hidden_layers,
+            num_kv_heads=getattr(text_config, "num_key_value_heads", None) or heads,
+            head_dim=head_dim,
+            dtype=dtype,
+        ),
+        windows=_windows(text_config),
+        max_positions=_max_positions(text_config),
+        eos_ids=_eos_ids(source, config),
+        num_weight_bytes=_num_parameters(config) * dtype.itemsize,
+    )
+
+
+def _source(key: str, name: str) -> str:
+    """An existing folder (relative ones are looked for here, then in the project), or `name` as a hub id."""
+    for folder in (Path(name).expanduser(), PROJECT_ROOT / name):
+        if folder.is_dir():
+            if not (folder / "config.json").is_file():
+                raise ConfigError(f"{key} is {name!r}; the folder {folder} has no config.json: name a model's folder")
+            return str(folder)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.startswith("assets/"):
+        raise ConfigError(f"{key} is {name!r}; there is no such folder: name a local folder or a hub id (owner/name)")
+    return name
+
+
+def _load(key: str, name: str, auto_class, source: str):
+    try:
+        return auto_class.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        rule = "a local folder, or the hub id of a model that transformers knows without remote code"
+        raise ConfigError(f"{key} is {name!r}; it must be {rule}. {auto_class.__name__} says: {reason}") from error
+
+
+def _refuse_unsupported(key: str, name: str, config) -> None:
+    known = "a decoder with full or sliding-window attention, such as Llama, Qwen, Mistral, Gemma, Phi or OLMo"
+    odd_layers = sorted(set(getattr(config, "layer_types", None) or []) - set(SUPPORTED_LAYER_TYPES))
+    if config.model_type in REFUSED_MODEL_TYPES or odd_layers:
+        what = f"layers of type {', '.join(odd_layers)}" if odd_layers else f"model type {config.model_type}"
+        raise ConfigError(f"{key} is {name!r} with {what}, which cannot be served exactly; it must be {known}")
+    if not getattr(config, "num_attention_heads", None):
+        raise ConfigError(f"{key} is {name!r} of model type {config.model_type}; it must be {known}")
+
+
+def _check_weight_files(key: str, folder: Path) -> None:
+    """Every safetensors file that the folder should have is there and whole."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise ConfigError(f"{key}: {path} is missing; download the model again, as safetensors")
+        try:
+            with safe_open(path, framework="pt") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{key}: {path} is damaged ({error}); download it again") from error
+
+
+def _windows(config) -> list[int | None]:
+    num_layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or ["full_attention"] * num_layers
+    if window is not None and getattr(config, "layer_types", None) is None:
+        types = ["sliding_attention"] * num_layers
+    return [window if kind == "sliding_attention" else None for kind in types]
+
+
+def _max_positions(config) -> int:
+    """Positions the model is made for, RoPE scaling included."""
+    positions = getattr(config, "max_position_embeddings", None) or 2**31
+    rope = getattr(config, "rope_parameters", None) or {}
+    factor, kind = rope.get("factor") or 1.0, rope.get("rope_type", "default")
+    if kind in ("linear", "dynamic"):
+        return int(positions * factor)
+    if kind == "yarn" and rope.get("original_max_position_embeddings"):
+        return max(positions, int(rope["original_max_position_embeddings"] * factor))
+    return positions
+
+
+def _eos_ids(source: str, config) -> frozenset[int]:
+    try:
+        eos = transformers.GenerationConfig.from_pretrained(source).eos_token_id
+    except OSError:
+        eos = config.get_text_config().eos_token_id
+    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
+
+
+def _num_parameters(config) -> int:
+    """Counted on a model without memory; buffers are small and left out."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def check_same_vocabulary(target: ModelFacts, drafter: ModelFacts) -> None:
+    """Token texts must agree, id by id; the padding of the vocabularies may differ. Raises ConfigError."""
+    ours, theirs = target.tokenizer.get_vocab(), drafter.tokenizer.get_vocab()
+    if ours == theirs:
+        return
+    by_id = {token_id: token for token, token_id in ours.items()}
+    differing = [(i, token) for token, i in theirs.items() if by_id.get(i) != token]
+    example = f"id {differing[0][0]} is {differing[0][1]!r} there and {by_id.get(differing[0][0])!r} in the target's"
+    if not differing:
+        missing = min(set(by_id) - set(theirs.values()))
+        example = f"id {missing}, {by_id[missing]!r} in the target's, is missing there"
+    raise ConfigError(
+        f"model.drafter is {drafter.source!r}; its tokenizer must be that of model.target={target.source!r}: {example}. "
+        "Name a drafter of the same family, or model.drafter=lookup"
+    )
+
+
+def load_model(facts: ModelFacts, device: torch.device, *, self_check: bool) -> CausalModel:
+    """Reads the weights onto `device`. Raises ConfigError where our attention differs from transformers' own."""
+    hf_model = AutoModelForCausalLM.from_pretrained(
+        facts.source,
+        config=facts.config,
+        dtype=facts.dtype,
+        device_map={"": device},
+        attn_implementation="eager",
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    tokens = torch.randint(0, facts.config.get_text_config().vocab_size, (SELF_CHECK_TOKENS,), generator=_fixed())
+    with torch.inference_mode():
+        wanted = hf_model(input_ids=tokens[None].to(device), use_cache=False).logits[0] if self_check else None
+    model = CausalModel(hf_model, device)
+    if wanted is not None:
+        _self_check(facts, model, tokens.tolist(), wanted)
+    return model
+
+
+def _fixed() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _self_check(facts: ModelFacts, model: CausalModel, tokens: list[int], wanted: torch.Tensor) -> None:
+    """The logits of a few tokens, read in two pieces through a cache, against transformers' eager attention."""
+    tier = DeviceTier(model.device)
+    layers = [DeviceLayer(facts.cache_shape, len(tokens), tier) for _ in facts.windows]
+    cache = FullCache(layers, facts.windows, None)
+    half = len(tokens) // 2
+    model.start_sequence(len(tokens))
+    try:
+        got = torch.cat([model.forward(part, cache, half) for part in (tokens[:half], tokens[half:])])
+        error = float((got.float() - wanted.float()).abs().max() / wanted.float().abs().max())
+    except (RuntimeError, TypeError, AttributeError, LookupError) as failure:
+        error, reason = float("inf"), f": {failure}"
+    else:
+        reason = ""
+    if not error <= SELF_CHECK_TOLERANCE[facts.dtype]:
+        raise ConfigError(
+            f"{facts.key} is {facts.source!r} of model type {facts.config.model_type}; its attention cannot be served "
+            f"exactly (relative error {error:.2g} in the self-check{reason}). Use another model"
+        )
