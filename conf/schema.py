@@ -98,7 +98,7 @@ class DecodingConfig:
     """The speculation hierarchy."""
 
     mode: Mode = Mode.triforce
-    """triforce: three levels; retrieval: no drafter; streaming: drafter straight to the target; autoregressive: none."""
+    """triforce: all levels; retrieval: no drafter; streaming: drafter straight to the target; autoregressive: none."""
     gamma1: int = 2
     """Tokens drafted per inner step; 0 leaves the drafter out."""
     gamma2: int = 8
@@ -117,6 +117,8 @@ class RetrievalCacheConfig:
     """Tokens per layer and kv head; 0 leaves the level out; more than the context is cut to it."""
     chunk_size: int = 8
     """Tokens that are chosen together, by their mean key."""
+    newest_share: float = 0.125
+    """Of the budget: newest tokens, kept whatever their score; 1 makes it a recent window, for comparison."""
     rebuild: str = "adaptive"
     """When chunks are chosen anew: `never`, `adaptive` (the recent acceptance fell), or every n verifications."""
 
@@ -128,6 +130,7 @@ class RetrievalCacheConfig:
             nearest = max(1, round(self.budget / self.chunk_size)) * self.chunk_size
             rule = f"a multiple of {key}.chunk_size={self.chunk_size}, for example {nearest}"
             raise ConfigError(f"{key}.budget is {self.budget}; it must be {rule}")
+        require(0 <= self.newest_share <= 1, f"{key}.newest_share", self.newest_share, "between 0 and 1")
         parse_auto_count(f"{key}.rebuild", self.rebuild, ("never", "adaptive"), minimum=1)
 
 
@@ -251,7 +254,7 @@ class PlacementConfig:
     device: str = "auto"
     """cpu, cuda, cuda:N; auto: the first CUDA device if there is one."""
     threads: str = "auto"
-    """Threads of a CPU process: an integer, or auto (OMP_NUM_THREADS if torchrun was not the one to set it, else all)."""
+    """Threads of a CPU process: an integer, or auto: OMP_NUM_THREADS, unless torchrun alone set it, else all cores."""
     device_memory_gib: float | None = None
     """Plan for this much memory on the device; null: what is free."""
     host_memory_gib: float | None = None

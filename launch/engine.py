@@ -19,6 +19,7 @@ from tiers.memory import device_free_bytes, host_free_bytes
 from tiers.pinned_host_tier import PinnedHostTier, can_pin
 from tiers.plan import MemoryPlan, PlanInput, make_plan
 from tiers.retrieval_cache import RetrievalCache
+from tiers.retrieval_selection import RetrievalSelection
 from tiers.streaming_llm_cache import StreamingLLMCache
 from tiers.transfer import make_streamer
 from workers.acceptance import KeyedRandom, make_coupling
@@ -233,10 +234,8 @@ class _Builder:
         target_model = TargetModel(
             target,
             full_cache,
-            prepared.target.windows,
             piece_tokens=PIECE_TOKENS,
-            chunk_index=self._chunk_index() if config.uses_retrieval else None,
-            budget=retrieval.budget,
+            selection=self._selection(full_cache) if config.uses_retrieval else None,
         )
         hierarchy = Hierarchy(
             session=Session(
@@ -290,10 +289,11 @@ class _Builder:
             streamer = make_streamer(block, shape.dtype, plan.stream_buffers, self._device_tier, device)
         return FullCache(layers, facts.windows, streamer)
 
-    def _chunk_index(self) -> ChunkIndex:
-        capacity = self._plan.max_tokens + self._plan.slack_tokens
-        shape, chunk_size = self._prepared.target.cache_shape, self._config.cache.retrieval.chunk_size
-        return ChunkIndex(shape, capacity, chunk_size, self._device_tier)
+    def _selection(self, full_cache: FullCache) -> RetrievalSelection:
+        capacity, facts = self._plan.max_tokens + self._plan.slack_tokens, self._prepared.target
+        retrieval = self._config.cache.retrieval
+        index = ChunkIndex(facts.cache_shape, capacity, retrieval.chunk_size, self._device_tier)
+        return RetrievalSelection(full_cache, index, facts.windows, retrieval.budget, retrieval.newest_share)
 
     def _retriever(self, target) -> RetrievalDrafter:
         tail = _retrieval_tail_tokens(self._config, self._max_new_tokens)

@@ -12,6 +12,15 @@ from typing import Protocol
 
 import torch
 
+QUANTUM = 64
+"""Growing segments are padded to a multiple of so many keys: matrix libraries prepare a kernel for each new shape, at
+0.5 ms each (oneDNN, bf16), which costs as much as the attention itself where every step has one key more."""
+
+
+def padded(num_tokens: int) -> int:
+    """The next multiple of QUANTUM."""
+    return -(-num_tokens // QUANTUM) * QUANTUM
+
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class CacheShape:
@@ -53,7 +62,8 @@ class Segment:
     """Some keys and values of one layer, on the device, [H, N, D] each.
 
     `start` is the position of the first key where they are contiguous; else `positions` [H, N] has one for each.
-    The last `num_new` keys belong to the tokens being read now, which see each other causally.
+    The last `num_new` keys belong to the tokens being read now, which see each other causally. Behind them come
+    `num_pad` slots of no meaning but finite: with them the number of keys takes few values (see QUANTUM).
     """
 
     k: torch.Tensor
@@ -61,6 +71,7 @@ class Segment:
     start: int | None = None
     positions: torch.Tensor | None = None
     num_new: int = 0
+    num_pad: int = 0
 
 
 class KVCache(Protocol):

@@ -15,9 +15,6 @@ from tiers.full_cache import FullCache
 class ChunkIndex:
     """Mean keys [H, number of complete chunks, D] of each layer of a full cache."""
 
-    NEWEST_SHARE = 1 / 8
-    """Of the budget: newest tokens that are kept without being scored."""
-
     def __init__(self, shape: CacheShape, capacity: int, chunk_size: int, tier):
         self.chunk_size = chunk_size
         size = (shape.num_layers, shape.num_kv_heads, capacity // chunk_size, shape.head_dim)
@@ -50,21 +47,20 @@ class ChunkIndex:
     def reset(self) -> None:
         self._num_indexed = [0] * len(self._num_indexed)
 
-    def select(self, layer: int, q: torch.Tensor, budget_chunks: int, oldest: int = 0) -> torch.Tensor:
-        """The best chunks for queries `q` [H, G, T, D]: ids [H, budget_chunks] in ascending order.
+    def select(self, layer: int, q: torch.Tensor, num_wanted: int, num_newest: int, oldest: int = 0) -> torch.Tensor:
+        """The best chunks for queries `q` [H, G, T, D]: ids [H, num_wanted] in ascending order.
 
-        The first chunk and the newest ones are always among them; chunks before position `oldest` only if nothing
-        else is left. Needs at least `budget_chunks` complete chunks.
+        The `num_newest` last ones and the first are always among them; chunks before position `oldest` only if
+        nothing else is left. Needs at least `num_wanted` complete chunks.
         """
         num_chunks = self._num_indexed[layer]
-        assert 0 < budget_chunks <= num_chunks, f"{budget_chunks} of {num_chunks} chunks"
+        assert num_newest <= num_wanted <= num_chunks, f"{num_newest} <= {num_wanted} <= {num_chunks} chunks"
         means = self._means[layer, :, :num_chunks]
         q = q.flatten(1, 2)
         scores = torch.matmul(q.float(), means.float().transpose(1, 2)) * q.shape[-1] ** -0.5
         scores = torch.softmax(scores, dim=-1).mean(dim=1)
         scores[:, : oldest // self.chunk_size] = -1
-        num_newest = max(1, int(budget_chunks * self.NEWEST_SHARE))
         scores[:, num_chunks - num_newest :] = 2  # above any probability
-        if budget_chunks > num_newest:
+        if num_wanted > num_newest:
             scores[:, 0] = 2
-        return scores.topk(budget_chunks, dim=-1).indices.sort(dim=-1).values
+        return scores.topk(num_wanted, dim=-1).indices.sort(dim=-1).values

@@ -16,15 +16,15 @@ from collections.abc import Iterator
 
 import torch
 
-from tiers.base import CacheShape, Segment, Tier, gather_chunks
+from tiers.base import CacheShape, Segment, Tier, gather_chunks, padded
 from tiers.transfer import StreamStats
 
 
 class DeviceLayer:
-    """Keys and values of one layer on the device: one segment [H, capacity, D] each."""
+    """Keys and values of one layer on the device: one segment [H, capacity, D] each, padded."""
 
     def __init__(self, shape: CacheShape, capacity: int, tier: Tier):
-        self._kv = tier.allocate(2, shape.num_kv_heads, capacity, shape.head_dim, dtype=shape.dtype)
+        self._kv = tier.allocate(2, shape.num_kv_heads, padded(capacity), shape.head_dim, dtype=shape.dtype).zero_()
 
     def append(self, length: int, k: torch.Tensor, v: torch.Tensor) -> None:
         end = length + k.shape[1]
@@ -35,6 +35,12 @@ class DeviceLayer:
     def read(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [H, end - start, D] of these tokens; views."""
         return self._kv[0, :, start:end], self._kv[1, :, start:end]
+
+    def segment(self, start: int, end: int, num_new: int) -> Segment:
+        """Tokens from `start` on to `end`, the last `num_new` of them new, and padding."""
+        stop = min(start + padded(end - start), self._kv.shape[2])
+        k, v = self.read(start, stop)
+        return Segment(k, v, start=start, num_new=num_new, num_pad=stop - end)
 
     def gather(self, chunk_ids: torch.Tensor, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the chunks `chunk_ids` [H, m]."""
@@ -52,7 +58,7 @@ class HostLayer:
         self._block_tokens, self._slack = block_tokens, slack
         self.blocks = host_tier.allocate(capacity // block_tokens, 2, heads, block_tokens, dim, dtype=dtype)
         self.num_blocks = 0
-        self._tail = device_tier.allocate(2, heads, block_tokens + 2 * slack, dim, dtype=dtype)
+        self._tail = device_tier.allocate(2, heads, padded(block_tokens + 2 * slack), dim, dtype=dtype).zero_()
         self._piece: torch.Tensor | None = None
 
     @property
@@ -69,13 +75,17 @@ class HostLayer:
         else:
             self._piece = torch.cat([self._tail[:, :, :held], torch.stack([k, v])], dim=2)
 
-    def newest(self, end: int) -> torch.Tensor:
-        """Keys and values [2, H, n, D] from `tail_start` to `end`, the tokens being appended included."""
-        return self._tail[:, :, : end - self.tail_start] if self._piece is None else self._piece
+    def segment(self, end: int, num_new: int) -> Segment:
+        """Tokens from `tail_start` on to `end`, the last `num_new` of them new, and padding."""
+        if self._piece is not None:
+            return Segment(*self._piece, start=self.tail_start, num_new=num_new)
+        num_tokens = end - self.tail_start
+        k, v = self._tail[:, :, : padded(num_tokens)]
+        return Segment(k, v, start=self.tail_start, num_new=num_new, num_pad=k.shape[1] - num_tokens)
 
     def settle(self, length: int) -> None:
         """Moves complete blocks to the host: after a piece, or when the tail has one that no roll back reaches."""
-        newest = self.newest(length)
+        newest = self._tail[:, :, : length - self.tail_start] if self._piece is None else self._piece
         num_flushed = newest.shape[2] // self._block_tokens if self._piece is not None else 0
         if self._piece is None and newest.shape[2] >= self._block_tokens + self._slack:
             num_flushed = 1
@@ -162,14 +172,12 @@ class FullCache:
     def segments(self, layer: int) -> Iterator[Segment]:
         store, end = self._layers[layer], self.length + self._num_new
         if isinstance(store, DeviceLayer):
-            start = self._first_seen(layer)
-            yield Segment(*store.read(start, end), start=start, num_new=self._num_new)
+            yield store.segment(self._first_seen(layer), end, self._num_new)
             return
         first = self._first_block(layer)
         for index, block in enumerate(self._streamer.take(store.num_blocks - first), start=first):
             yield Segment(block[0], block[1], start=index * block.shape[2])
-        newest = store.newest(end)
-        yield Segment(newest[0], newest[1], start=store.tail_start, num_new=self._num_new)
+        yield store.segment(end, self._num_new)
         store.settle(end)
 
     def end(self) -> None:

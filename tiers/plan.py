@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from conf.schema import CacheConfig, ConfigError, FullCacheTier
-from tiers.base import CacheShape
+from tiers.base import CacheShape, padded
 
 TARGET_BLOCK_BYTES = 1 << 20
 RESERVE_SHARE = 0.05
@@ -110,20 +110,21 @@ def _plan_with(inputs: PlanInput, cache: CacheConfig, num_device_layers: int) ->
     plan.device_bytes = {
         "target weights": inputs.target_weight_bytes,
         "drafter weights": inputs.drafter_weight_bytes,
-        "full cache": num_device_layers * capacity * per_layer,
+        "full cache": num_device_layers * padded(capacity) * per_layer,
         "activations": inputs.activation_bytes,
     }
     if num_host_layers:
-        tail = num_host_layers * (block_tokens + 2 * inputs.slack_tokens) * per_layer
+        tail = num_host_layers * padded(block_tokens + 2 * inputs.slack_tokens) * per_layer
         plan.device_bytes["full cache tails"] = tail
         plan.device_bytes["stream buffers"] = cache.full.stream_buffers * block_tokens * per_layer
         plan.host_bytes["full cache"] = num_host_layers * (inputs.max_tokens // block_tokens) * block_tokens * per_layer
     if inputs.retrieval_slots:
-        positions = shape.num_layers * shape.num_kv_heads * inputs.retrieval_slots * 8
-        plan.device_bytes["retrieval cache"] = inputs.retrieval_slots * shape.bytes_per_token + positions
+        slots = padded(inputs.retrieval_slots)
+        positions = shape.num_layers * shape.num_kv_heads * slots * 8
+        plan.device_bytes["retrieval cache"] = slots * shape.bytes_per_token + positions
         plan.device_bytes["chunk means"] = capacity // inputs.chunk_size * shape.bytes_per_token // 2
     if inputs.drafter_shape is not None:
-        plan.device_bytes["streaming cache"] = inputs.drafter_slots * inputs.drafter_shape.bytes_per_token
+        plan.device_bytes["streaming cache"] = padded(inputs.drafter_slots) * inputs.drafter_shape.bytes_per_token
     return plan
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tiers.base import CacheShape, Segment, Tier
+from tiers.base import CacheShape, Segment, Tier, padded
 
 
 @dataclass(slots=True)
@@ -39,9 +39,9 @@ class RetrievalCache:
     """
 
     def __init__(self, shape: CacheShape, budget: int, tail_tokens: int, slack: int, tier: Tier):
-        size = (shape.num_layers, 2, shape.num_kv_heads, budget + tail_tokens, shape.head_dim)
-        self._kv = tier.allocate(*size, dtype=shape.dtype)
-        self._positions = tier.allocate(shape.num_layers, shape.num_kv_heads, size[3], dtype=torch.int64)
+        size = (shape.num_layers, 2, shape.num_kv_heads, padded(budget + tail_tokens), shape.head_dim)
+        self._kv = tier.allocate(*size, dtype=shape.dtype).zero_()
+        self._positions = tier.allocate(shape.num_layers, shape.num_kv_heads, size[3], dtype=torch.int64).zero_()
         self._slack = slack
         self.reset()
 
@@ -83,8 +83,10 @@ class RetrievalCache:
 
     def segments(self, layer: int) -> Iterator[Segment]:
         end = self._slot(self.length + self._num_new)
-        k, v = self._kv[layer, :, :, :end]
-        yield Segment(k, v, positions=self._positions[layer, :, :end], num_new=self._num_new)
+        stop = padded(end)
+        k, v = self._kv[layer, :, :, :stop]
+        positions = self._positions[layer, :, :stop]
+        yield Segment(k, v, positions=positions, num_new=self._num_new, num_pad=stop - end)
 
     def end(self) -> None:
         self.length += self._num_new

@@ -51,8 +51,7 @@ class StreamingLLMCache:
         self._layers[layer].append(self.length, k, v)
 
     def segments(self, layer: int) -> Iterator[Segment]:
-        k, v = self._layers[layer].read(0, self.length + self._num_new)
-        yield Segment(k, v, start=0, num_new=self._num_new)
+        yield self._layers[layer].segment(0, self.length + self._num_new, self._num_new)
 
     def end(self) -> None:
         self.length += self._num_new

@@ -52,7 +52,7 @@ def distribution(logits: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor
     keep_all_ranks = not 0 < sampling.top_k < vocab_size
     if keep_all_ranks and sampling.top_p >= 1:
         return torch.softmax(logits, -1)
-    ordered, order = logits.sort(-1, descending=True, stable=True)
+    ordered, order = logits.sort(stable=True, dim=-1, descending=True)
     if not keep_all_ranks:
         ordered[..., sampling.top_k :] = -torch.inf
     probs = torch.softmax(ordered, -1)

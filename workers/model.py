@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from tiers.chunk_index import ChunkIndex
 from tiers.full_cache import FullCache
 from tiers.retrieval_cache import RetrievalCache, RetrievalUpdate
+from tiers.retrieval_selection import RetrievalSelection
 from tiers.streaming_llm_cache import StreamingLLMCache
 from workers.attention import ATTENTION_NAME, ForwardPass, active
 from workers.rotary import make_length_independent
@@ -41,17 +41,19 @@ class CausalModel:
 
 
 class TargetModel:
-    """Level 3: the target on its full cache; see workers.level.CachedModel. Keeps what the retrieval cache needs.
+    """Level 3: the target on its full cache; see workers.level.CachedModel.
 
-    `chunk_index` and `budget` (tokens) are None and 0 where there is no retrieval level.
+    `selection` chooses what the retrieval cache gets; None where there is no retrieval level.
     """
 
-    def __init__(self, model: CausalModel, cache: FullCache, windows, *, piece_tokens: int, chunk_index=None, budget=0):
-        self._model, self._cache, self._windows = model, cache, windows
-        self._piece_tokens, self._budget = piece_tokens, budget
-        self._chunk_index: ChunkIndex | None = chunk_index
-        self._queries: dict[int, torch.Tensor] = {}
-        self._queries_start = self._num_sent = 0
+    def __init__(
+        self, model: CausalModel, cache: FullCache, *, piece_tokens: int, selection: RetrievalSelection | None
+    ):
+        self._model, self._cache = model, cache
+        self._piece_tokens, self._selection = piece_tokens, selection
+        self.queries: dict[int, torch.Tensor] = {}
+        """Of the last `append`, per layer [H, G, T, D], from position `queries_start` on."""
+        self.queries_start = 0
         self.on_prefill_progress = lambda num_read, num_tokens: None
 
     @property
@@ -61,67 +63,35 @@ class TargetModel:
     def prefill(self, tokens: list[int]) -> None:
         """Reads the prompt in pieces, which bounds the memory of activations."""
         self._cache.reset()
-        if self._chunk_index is not None:
-            self._chunk_index.reset()
+        if self._selection is not None:
+            self._selection.reset()
         # The prompt's last token comes with the first verification.
         self._model.start_sequence(len(tokens) + 1)
         for at in range(0, len(tokens), self._piece_tokens):
             piece = tokens[at : at + self._piece_tokens]
-            self._model.forward(piece, self._cache, 1, self._observe_prompt)
+            self._model.forward(piece, self._cache, 1, self._index_keys)
             self.on_prefill_progress(at + len(piece), len(tokens))
 
     def append(self, tokens: list[int], num_logits: int) -> torch.Tensor:
-        self._queries_start = self._cache.length
-        observe = None if self._chunk_index is None else self._observe
-        return self._model.forward(tokens, self._cache, num_logits, observe)
+        self.queries_start = self._cache.length
+        return self._model.forward(tokens, self._cache, num_logits, self._keep_queries)
 
     def truncate(self, length: int) -> None:
         self._cache.truncate(length)
 
-    def _observe_prompt(self, layer: int, q, k) -> None:
-        if self._chunk_index is not None:
-            self._chunk_index.observe(layer, self._cache.length, k)
+    def _index_keys(self, layer: int, q, k) -> None:
+        if self._selection is not None:
+            self._selection.index.observe(layer, self._cache.length, k)
 
-    def _observe(self, layer: int, q, k) -> None:
-        self._queries[layer] = q
+    def _keep_queries(self, layer: int, q, k) -> None:
+        self.queries[layer] = q
 
     def retrieval_update(self, *, rebuild: bool) -> RetrievalUpdate:
-        """The chunks that matter to the newest tokens, or only the tokens read since the last update."""
-        num_tokens, layers = self._cache.length, range(len(self._windows))
-        start, self._num_sent = min(self._num_sent, num_tokens), num_tokens
+        """What the retrieval cache needs to follow, or, for a rebuild, to start anew; call it after a roll back."""
         if not rebuild:
-            kv = [self._cache.read(layer, start, num_tokens) for layer in layers] if start < num_tokens else []
-            return RetrievalUpdate(is_rebuild=False, start=start, length=num_tokens, kv=kv)
-        chosen = [self._retrieve(layer, num_tokens) for layer in layers]
-        return RetrievalUpdate(
-            is_rebuild=True,
-            start=0,
-            length=num_tokens,
-            kv=[(k, v) for k, v, _ in chosen],
-            positions=[positions for _, _, positions in chosen],
-        )
-
-    def _retrieve(self, layer: int, num_tokens: int):
-        """Keys, values and positions of the retrieved tokens of a layer: chunks, then the last incomplete chunk."""
-        size = self._chunk_index.chunk_size
-        num_complete = num_tokens // size
-        num_chunks = min(self._budget // size, num_complete)
-        if layer == 0:
-            self._chunk_index.catch_up(self._cache)
-        window = self._windows[layer]
-        oldest = 0 if window is None else max(0, num_tokens - window + 1)
-        q = self._queries[layer][:, :, : num_tokens - self._queries_start]
-        ids = torch.zeros(q.shape[0], 0, dtype=torch.int64, device=q.device)
-        if num_chunks:
-            ids = self._chunk_index.select(layer, q, num_chunks, oldest)
-        k, v = self._cache.gather(layer, ids, size)
-        positions = (ids[..., None] * size + torch.arange(size, device=ids.device)).flatten(1)
-        if num_complete * size < num_tokens:
-            k_rest, v_rest = self._cache.read(layer, num_complete * size, num_tokens)
-            k, v = torch.cat([k, k_rest], dim=1), torch.cat([v, v_rest], dim=1)
-            rest = torch.arange(num_complete * size, num_tokens, device=ids.device)
-            positions = torch.cat([positions, rest.expand(ids.shape[0], -1)], dim=1)
-        return k, v, positions
+            return self._selection.follow()
+        num_final = self._cache.length - self.queries_start
+        return self._selection.rebuild({layer: q[:, :, :num_final] for layer, q in self.queries.items()})
 
 
 class RetrievalModel:

@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from conf.schema import ConfigError
 from tiers.base import CacheShape
-from tiers.full_cache import DeviceLayer, FullCache
 from tiers.device_tier import DeviceTier
+from tiers.full_cache import DeviceLayer, FullCache
 from workers.model import CausalModel
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
