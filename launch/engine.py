@@ -115,7 +115,8 @@ def _check_drafter_window(config: RunConfig, drafter: ModelFacts) -> None:
     if streaming.window > most:
         raise ConfigError(
             f"cache.streaming.window is {streaming.window}; it must be at most {most}: the drafter knows "
-            f"{drafter.max_positions} positions, for {streaming.sinks} sinks and {_streaming_slack(config)} tokens in flight"
+            f"{drafter.max_positions} positions, {streaming.sinks} of them for cache.streaming.sinks and "
+            f"{_streaming_slack(config)} for tokens in flight"
         )
 
 
@@ -137,7 +138,7 @@ class Engine:
         self._target.on_prefill_progress = callback
 
     def memory_report(self) -> dict[str, dict[str, int]]:
-        """Planned and peak bytes of each tier; on CUDA the device's peak is the allocator's, else what was handed out."""
+        """Planned and peak bytes of each tier; peak: what the allocator (CUDA) or our tiers have handed out."""
         peaks = {tier.name: tier.peak_bytes for tier in self._tiers}
         peaks["device"] += self._weight_bytes
         if self._device.type == "cuda":
@@ -274,7 +275,7 @@ class _Builder:
         plan, facts = self._plan, self._prepared.target
         shape, slack = facts.cache_shape, plan.slack_tokens
         num_host_layers = shape.num_layers - plan.num_device_layers
-        # Host layers first: their stream starts with the pass, and the device layers' work overlaps with nothing anyway.
+        # Host layers come first: their stream starts with the pass.
         layers: list = [
             HostLayer(shape, plan.max_tokens, plan.block_tokens, slack, self._host_tier, self._device_tier)
             for _ in range(num_host_layers)

@@ -1,4 +1,4 @@
-"""What the retrieval cache gets from the full cache: chosen chunks at a rebuild, the true keys and values in between."""
+"""What the retrieval cache gets from the full cache: chosen chunks at a rebuild, true keys and values in between."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class StreamingLLMCache:
         self.window_start = self.sinks
 
     def window_start_for(self, num_tokens: int) -> int:
-        """Where the window starts when the sequence has `num_tokens` tokens: a whole number of slacks after the sinks."""
+        """Where the window starts in a sequence of `num_tokens` tokens: a whole number of slacks after the sinks."""
         excess = num_tokens - self.capacity
         return self.sinks + max(0, -(-excess // self.slack)) * self.slack
 

@@ -81,7 +81,7 @@ class RandomSource(Protocol):
 
 
 class KeyedRandom:
-    """Random numbers that depend on (seed, position, purpose) and the verification's index only (Philox, counter-based).
+    """Random numbers that depend on seed, position, purpose and the verification's index alone (Philox).
 
     So a run repeats, a replay after a restart is identical, and processes draw alike without talking. The index is
     part of the key because a position that was drafted and rejected is drafted again: with block verification the

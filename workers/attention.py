@@ -58,7 +58,7 @@ def active(forward_pass: ForwardPass, num_new: int):
 def cached_attention(
     module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, s_aux=None, **_
 ):
-    """transformers' AttentionInterface: query [1, H * G, T, D], key and value [1, H, T, D]; returns ([1, T, H * G, D], None).
+    """transformers' AttentionInterface: query [1, H * G, T, D], key and value [1, H, T, D] -> ([1, T, H * G, D], None).
 
     The keys and values go to the active cache. `s_aux` [H * G] are logits of attention sinks without a value.
     """
