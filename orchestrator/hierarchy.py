@@ -101,12 +101,13 @@ class Hierarchy:
         return self._verify_and_commit(block, inner_steps)
 
     def _draft_block(self, count: int) -> tuple[Draft, list[tuple[int, int]]]:
-        """`count` tokens for the target to verify; more if the last inner step brings more."""
+        """`count` tokens for the target to verify; more if the last inner step brings more and there is use for it."""
         if self.retriever is None:
             return self._drafted([], count), []
         block, inner_steps = Draft(), []
         while len(block) < count:
-            draft = self._drafted(block.tokens, self.gamma1)
+            # An inner step adds at most one token to what it verifies, and no block goes past the last token.
+            draft = self._drafted(block.tokens, min(self.gamma1, self.session.remaining - 2 - len(block)))
             step = self._timed("retrieval", self.retriever.extend, block.tokens, draft)
             inner_steps.append((step.num_proposed, step.num_accepted))
             block.extend(step.draft)

@@ -14,16 +14,22 @@ class TextStream:
         # ids[_settled:_read] are decoded again with what follows: some tokenizers treat a first token specially.
         self._settled = self._read = 0
         self._text, self.is_stopped = "", False
+        # Where the text of each token ends in _text. A token that completes a character owns all of it.
+        self._ends: list[int] = []
+        self._num_taken_tokens = self._num_taken_chars = 0
 
     def push(self, token: int) -> None:
         """Adds a token; `is_stopped` is set once a stop string is complete, and the text ends before it."""
         self._ids.append(token)
         self._take(may_be_unfinished=True)
+        self._ends.append(len(self._text))
 
     def close(self) -> None:
         """No more tokens: an unfinished character becomes a replacement character, and nothing is held back."""
         self._take(may_be_unfinished=False)
         self._stop = ()
+        if self._ends:
+            self._ends[-1] = len(self._text)
 
     def _take(self, *, may_be_unfinished: bool) -> None:
         if self.is_stopped:
@@ -47,6 +53,18 @@ class TextStream:
         if self.is_stopped:
             return self._text
         return self._text[: len(self._text) - self._possible_stop_length()]
+
+    def take_pieces(self) -> list[tuple[int, str]]:
+        """The text that became certain since the last call, by token: (index of the token, its part of the text)."""
+        pieces, certain = [], len(self.text)
+        while self._num_taken_chars < certain:
+            end = min(self._ends[self._num_taken_tokens], certain)
+            if end > self._num_taken_chars:
+                pieces.append((self._num_taken_tokens, self._text[self._num_taken_chars : end]))
+                self._num_taken_chars = end
+            if self._num_taken_chars < certain:
+                self._num_taken_tokens += 1
+        return pieces
 
     def _possible_stop_length(self) -> int:
         lengths = (

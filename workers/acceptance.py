@@ -225,20 +225,20 @@ class GumbelCoupling:
     def start_round(self, index: int) -> None:
         self._random.start_round(index)
 
-    def _winner(self, logits: torch.Tensor, position: int) -> int:
-        probs = distribution(logits[None], self._sampling)[0]
+    def _winner(self, probs: torch.Tensor, position: int) -> int:
         return int(probs.argmax()) if self._sampling.is_greedy else self._random.race(probs, position)
 
     def draw(self, logits: torch.Tensor, position: int) -> tuple[int, None]:
         """See MaximalCoupling.draw; no distribution is needed by the level above."""
-        return self._winner(logits, position), None
+        return self._winner(distribution(logits[None], self._sampling)[0], position), None
 
     def verify(self, draft: Draft, logits: torch.Tensor, position: int) -> tuple[Verdict, None]:
         """See MaximalCoupling.verify: keeps the draft as far as it equals this level's own tokens."""
-        accepted, token = 0, self._winner(logits[0], position)
+        probs = distribution(logits, self._sampling)
+        accepted, token = 0, self._winner(probs[0], position)
         while accepted < len(draft) and token == draft.tokens[accepted]:
             accepted += 1
-            token = self._winner(logits[accepted], position + accepted)
+            token = self._winner(probs[accepted], position + accepted)
         return Verdict(num_accepted=accepted, next_token=token), None
 
 

@@ -1,6 +1,7 @@
 """Models and tokenizers from local folders or the hub: described and checked before any weight is read, then loaded.
 
-No code from a checkpoint is ever run: configurations with `auto_map` are loaded by transformers' own classes, or refused.
+No code from a checkpoint is ever run: configurations with `auto_map` are loaded by transformers' own classes, or
+refused, and older checkpoints in PyTorch's format are read as weights only.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from conf.schema import ConfigError
 from tiers.base import CacheShape
@@ -108,22 +110,24 @@ def _refuse_unsupported(key: str, name: str, config) -> None:
         raise ConfigError(f"{key} is {name!r} of model type {config.model_type}; it must be {known}")
 
 
+WEIGHT_FILES = (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
+
+
 def _check_weight_files(key: str, folder: Path) -> None:
-    """Every safetensors file that the folder should have is there and whole."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    for name in names:
-        path = folder / name
+    """Every file of weights that the folder should have is there, and if it is safetensors, whole."""
+    first = next((name for name in WEIGHT_FILES if (folder / name).is_file()), SAFE_WEIGHTS_NAME)
+    names = [first]
+    if first.endswith(".index.json"):
+        names = sorted(set(json.loads((folder / first).read_text())["weight_map"].values()))
+    for path in (folder / name for name in names):
         if not path.is_file():
             raise ConfigError(f"{key}: {path} is missing; download the model again, as safetensors")
-        try:
-            with safe_open(path, framework="pt") as file:
-                file.keys()
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{key}: {path} is damaged ({error}); download it again") from error
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, framework="pt") as file:
+                    file.keys()
+            except (SafetensorError, OSError) as error:
+                raise ConfigError(f"{key}: {path} is damaged ({error}); download it again") from error
 
 
 def _windows(config) -> list[int | None]:
@@ -173,13 +177,14 @@ def check_same_vocabulary(target: ModelFacts, drafter: ModelFacts) -> None:
         missing = min(set(by_id) - set(theirs.values()))
         example = f"id {missing}, {by_id[missing]!r} in the target's, is missing there"
     raise ConfigError(
-        f"model.drafter is {drafter.source!r}; its tokenizer must be that of model.target={target.source!r}: {example}. "
-        "Name a drafter of the same family, or model.drafter=lookup"
+        f"model.drafter is {drafter.source!r}; its tokenizer must be that of model.target={target.source!r}: "
+        f"{example}. Name a drafter of the same family, or model.drafter=lookup"
     )
 
 
 def load_model(facts: ModelFacts, device: torch.device, *, self_check: bool) -> CausalModel:
     """Reads the weights onto `device`. Raises ConfigError where our attention differs from transformers' own."""
+    transformers.utils.logging.disable_progress_bar()
     hf_model = AutoModelForCausalLM.from_pretrained(
         facts.source,
         config=facts.config,
@@ -187,7 +192,6 @@ def load_model(facts: ModelFacts, device: torch.device, *, self_check: bool) -> 
         device_map={"": device},
         attn_implementation="eager",
         trust_remote_code=False,
-        use_safetensors=True,
     )
     tokens = torch.randint(0, facts.config.get_text_config().vocab_size, (SELF_CHECK_TOKENS,), generator=_fixed())
     with torch.inference_mode():

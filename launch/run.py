@@ -1,0 +1,452 @@
+"""Generates from a long document: torchrun launch/run.py key=value ... (keys: conf/schema.py, groups: conf/).
+
+Exit codes: 0 done; 1 failed at run time, with one line naming role, rank and phase; 2 bad configuration or input, with
+one message; 130 interrupted. torch is imported only after the configuration was found good.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import StrEnum
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from conf.schema import ConfigError, RunConfig, to_plain
+from launch.prompt import read_prompt
+from orchestrator.display import Display
+from orchestrator.hierarchy import Round
+from orchestrator.metrics import Metrics
+from orchestrator.report import Report, versions
+
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "conf"
+GROUPS = ("model", "placement")
+FAILURE_LOG = "failure.log"
+# Which role a line of code belongs to, for the message of a failure; all else is the orchestrator's.
+ROLE_OF_FILE = {
+    "drafter.py": "drafter",
+    "lookup_drafter.py": "drafter",
+    "retrieval_drafter.py": "retriever",
+    "target_verifier.py": "verifier",
+}
+
+ConfigStore.instance().store(name="run_schema", node=RunConfig)
+
+
+# ---- The configuration: everything that can be wrong with it is said in one message. ----
+
+
+def read_config(overrides: list[str]) -> RunConfig:
+    """The configuration that these overrides make; raises ConfigError for the first thing wrong with them."""
+    parsed = [parse_override(text) for text in overrides]
+    for override in parsed:
+        check_override(override)
+    try:
+        with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
+            return OmegaConf.to_object(hydra.compose("run", overrides=overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explained(error, parsed) from None
+
+
+def parse_override(text: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        key, _, value = text.partition("=")
+        if "=" not in text:
+            raise ConfigError(f"{text!r} must be key=value, for example decoding.gamma1=2") from None
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{key} is {value!r}, which cannot be parsed ({reason}); a value with spaces or special characters must be "
+            f"quoted twice: '{key}=\"...\"'"
+        ) from None
+
+
+def check_override(override: Override) -> None:
+    """Key, type and group choice; the values themselves are checked by the schema."""
+    key = override.key_or_group
+    if key.split(".")[0].split("/")[0] == "hydra":
+        return
+    if key in GROUPS:
+        check_choice(override)
+        return
+    kinds = schema_kinds()
+    if key not in kinds:
+        raise ConfigError(unknown_key(key, text_of(override), kinds))
+    if override.is_delete():
+        return
+    if override.is_sweep_override():
+        raise ConfigError(
+            f"{key} is {text_of(override)!r}, which reads as several values; it must be {legal_value(key)}"
+        )
+    try:
+        OmegaConf.update(OmegaConf.structured(RunConfig), key, override.value())
+    except OmegaConfBaseException as error:
+        # Of key={inner: value} the inner key is at fault.
+        inner = error.full_key if error.full_key in kinds else key
+        subject = "it" if inner == key else inner
+        raise ConfigError(f"{key} is {text_of(override)!r}; {subject} must be {legal_value(inner)}") from None
+
+
+def check_choice(override: Override) -> None:
+    group = override.key_or_group
+    choices = sorted(path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml"))
+    if not override.is_delete() and override.value() not in choices:
+        one_key = next(key for key in schema_kinds() if key.startswith(f"{group}."))
+        raise ConfigError(
+            f"{group} is {text_of(override)!r}; it must be one of {', '.join(choices)} "
+            f"(one key of it is set by its full name: {one_key}=...)"
+        )
+
+
+def schema_kinds() -> dict[str, tuple[Any, Any]]:
+    """Every key of the schema, with its type and default."""
+    return dict(_walk("", RunConfig()))
+
+
+def _walk(prefix: str, config: Any) -> typing.Iterator[tuple[str, tuple[Any, Any]]]:
+    hints = typing.get_type_hints(type(config))
+    for item in fields(config):
+        value = getattr(config, item.name)
+        yield prefix + item.name, (hints[item.name], value)
+        if is_dataclass(value):
+            yield from _walk(f"{prefix}{item.name}.", value)
+
+
+def legal_value(key: str) -> str:
+    """What the type of a key allows, in words, with an example."""
+    kind, default = schema_kinds()[key]
+    if is_dataclass(kind):
+        return f"left whole: set one of its keys, {', '.join(f'{key}.{item.name}' for item in fields(kind))}"
+    if typing.get_origin(kind) is list:
+        return f"a list of texts, for example {key}='[\"###\"]'"
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        return f"one of {', '.join(kind)}"
+    types = typing.get_args(kind) or (kind,)
+    words = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}[types[0]]
+    or_null = " or null" if type(None) in types else ""
+    if types[0] is bool:
+        return words + or_null
+    example = default if default is not None else {int: 1000, float: 8, str: f"'{key}=\"some, text\"'"}[types[0]]
+    return f"{words}{or_null}, for example {example}"
+
+
+def unknown_key(key: str, value: str, known: dict[str, Any]) -> str:
+    """Names the nearest legal key: one spelled alike, or one whose last part is."""
+    by_last_part = {name.rpartition(".")[2]: name for name in known}
+    alike = difflib.get_close_matches(key.rpartition(".")[2], by_last_part, n=1)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75) or [by_last_part[name] for name in alike]
+    if near:
+        return f"there is no key {key} (given {value!r}); did you mean {near[0]}? It must be {legal_value(near[0])}"
+    first_parts = sorted({name.partition(".")[0] for name in known})
+    return f"there is no key {key} (given {value!r}); keys begin with {', '.join(first_parts)} (all: --cfg job)"
+
+
+def text_of(override: Override) -> str:
+    """The value as it was typed."""
+    return (override.input_line or "").partition("=")[2]
+
+
+def explained(error: Exception, overrides: list[Override]) -> ConfigError:
+    """What Hydra or OmegaConf refused though each override by itself is well formed: $-references, deletions."""
+    reason = str(error.__cause__ or error).splitlines()[0]
+    full_key = getattr(error.__cause__ or error, "full_key", None)
+    culprits = [item for item in overrides if item.key_or_group == full_key or (item.input_line or "?") in str(error)]
+    if not culprits:
+        return ConfigError(f"the configuration was refused: {reason}")
+    key = culprits[0].key_or_group
+    legal = f"; it must be {legal_value(key)}" if key in schema_kinds() else ""
+    return ConfigError(f"{culprits[0].input_line} was refused ({reason}){legal}")
+
+
+def check_start(config: RunConfig) -> None:
+    """What must hold on this machine before anything is loaded."""
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size != "1":
+        raise ConfigError(
+            f"WORLD_SIZE is {world_size} (torchrun --nproc-per-node); it must be 1: placement={config.placement.kind} "
+            "plays all roles in one process"
+        )
+    check_output(config.output)
+
+
+def check_output(output: str) -> None:
+    """The run's folder can be made, or is there, and can be written; leaves nothing behind."""
+    example = "a folder that can be written, for example outputs/run"
+    if not output or "\0" in output:
+        raise ConfigError(f"output is {output!r}; it must be {example}")
+    nearest = Path(output).absolute()
+    try:
+        while not nearest.exists():
+            nearest = nearest.parent
+        tempfile.TemporaryDirectory(dir=nearest).cleanup()
+    except OSError as error:
+        raise ConfigError(
+            f"output is {output!r}, but {nearest} cannot be written ({error.strerror}); it must be {example}"
+        ) from None
+
+
+# ---- The run. ----
+
+
+class Interruption:
+    """Ctrl-C and SIGTERM: the first one ends the run in good order, a later one at once.
+
+    While a round is decoded the first is only noted, so that the session stays whole; elsewhere it raises
+    KeyboardInterrupt. torchrun passes a Ctrl-C on to a process that had it already: an echo is no second one.
+    """
+
+    ECHO_SECONDS = 2.0
+
+    def __init__(self):
+        self.is_requested = self.is_deferred = False
+        self._first_at = 0.0
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        is_first = not self.is_requested
+        if is_first:
+            self.is_requested, self._first_at = True, now
+        if not self.is_deferred if is_first else now - self._first_at > self.ECHO_SECONDS:
+            raise KeyboardInterrupt
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One run, from the prompt to the report. `phase` is where it is, for the message if it fails."""
+
+    config: RunConfig
+    folder: Path
+    display: Display
+    interruption: Interruption
+    phase: str = "prepare"
+    seed: int = 0
+    prompt_ids: list[int] = field(default_factory=list)
+    engine: Any = None
+    metrics: Metrics = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(uses_drafter=self.config.uses_drafter, uses_retrieval=self.config.uses_retrieval)
+        self.seed = self.config.sampling.seed
+        if self.seed is None:
+            self.seed = int.from_bytes(os.urandom(6), "little")  # 48 bits: exact in any JSON reader
+
+    def run(self) -> int:
+        """The exit code; raises ConfigError for what cannot be run, anything else for what failed."""
+        report = Report(self.folder)
+        try:
+            try:
+                self._load()
+                self._generate(report)
+            except KeyboardInterrupt:
+                self.interruption.is_requested = True
+            return self._finish(report)
+        finally:
+            report.close()
+            if self.engine is not None:
+                self.engine.close()
+
+    def _load(self) -> None:
+        engines = import_module("launch.engine")  # and torch with it: seconds
+        prepared = engines.prepare(self.config)
+        self.phase = "prompt"
+        self.prompt_ids = read_prompt(self.config.prompt, prepared.tokenizer, at_most=4 * prepared.max_positions)
+        max_new_tokens = self._fit_to_model(prepared.max_positions)
+        self.phase = "load"
+        self.engine = engines.build(self.config, prepared, self.prompt_ids, max_new_tokens, self.seed)
+        for line in self.engine.notes:
+            self.display.note(line)
+        self.display.note(f"{self.config.decoding.mode} decoding of {self.config.model.target}, seed {self.seed}")
+
+    def _fit_to_model(self, max_positions: int) -> int:
+        """The tokens that can be generated after this prompt; the last one of them needs no position."""
+        num_prompt, wanted = len(self.prompt_ids), self.config.generation.max_new_tokens
+        if num_prompt > max_positions:
+            at_least = "at least " if num_prompt == 4 * max_positions else ""
+            raise ConfigError(
+                f"This model's maximum context length is {max_positions} tokens; the prompt has {at_least}{num_prompt} "
+                f"tokens (prompt.max_tokens is {self.config.prompt.max_tokens}). prompt.max_tokens={max_positions} "
+                "reads as much of it as fits"
+            )
+        room = max_positions - num_prompt + 1
+        if wanted > room:
+            self.display.note(
+                f"generation.max_new_tokens={wanted} is cut to {room}: the model has {max_positions} positions, "
+                f"the prompt takes {num_prompt}"
+            )
+        return min(wanted, room)
+
+    def _generate(self, report: Report) -> None:
+        hierarchy = self.engine.hierarchy
+        self.phase = "prefill"
+        self.engine.on_prefill_progress(self.display.reading)
+        self.display.reading(0, len(self.prompt_ids))
+        self._take_round(hierarchy.start, report)
+        self.phase = "decode"
+        self.interruption.is_deferred = True
+        while not hierarchy.session.is_finished and not self.interruption.is_requested:
+            self._take_round(hierarchy.round, report)
+
+    def _take_round(self, advance: Callable[[], Round], report: Report) -> None:
+        began = time.perf_counter()
+        round_ = advance()
+        seconds = time.perf_counter() - began
+        self.metrics.add(round_, seconds)
+        report.add_round(round_, seconds)
+        self.display.add_round(round_, self.engine.hierarchy.session.text_stream.take_pieces(), self.metrics)
+
+    def _finish(self, report: Report) -> int:
+        """Writes and shows what there is; a run that was interrupted before its end says so."""
+        self.phase, self.interruption.is_deferred = "report", True
+        session = self.engine.hierarchy.session if self.engine is not None else None
+        if session is not None and not session.is_finished:
+            session.text_stream.close()
+            self.display.add_text(session.text_stream.take_pieces())
+        result = self._result(session)
+        path = report.write_result(result)
+        self.display.finish(result, os.path.relpath(path))
+        return DONE if session is not None and session.is_finished else INTERRUPTED
+
+    def _result(self, session: Any) -> dict[str, Any]:
+        engine = self.engine
+        return {
+            "prompt_tokens": len(self.prompt_ids),
+            "token_ids": list(session.generated) if session else [],
+            "text": session.text if session else "",
+            "finish_reason": session.finish_reason if session and session.is_finished else "interrupted",
+            "seed": self.seed,
+            "config": to_plain(self.config),
+            "timing": self.metrics.timing(),
+            "speculation": self.metrics.speculation(),
+            "memory": engine.memory_report() if engine else {},
+            "streaming": engine.streaming_report() if engine else {},
+            "versions": versions(),
+        }
+
+
+# ---- The program. ----
+
+
+def run(config: RunConfig, folder: Path, console: Console | None = None) -> int:
+    """One run with all its errors; returns the exit code."""
+    config.output = os.path.relpath(folder)
+    interruption = Interruption()
+    interruption.install()
+    display = Display(console or Console())
+    job = Job(config=config, folder=folder, display=display, interruption=interruption)
+    try:
+        with display:
+            return job.run()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except ConfigError as error:
+        return refuse(error)
+    except Exception as error:
+        return fail(error, job.phase, folder)
+
+
+def refuse(error: ConfigError) -> int:
+    """One message, by one rank."""
+    if is_primary():
+        print(f"tierforce: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(2)  # torchrun ends all ranks with the first: let the primary speak
+    return REFUSED
+
+
+def fail(error: Exception, phase: str, folder: Path) -> int:
+    """One line with the root cause; the traceback goes to a file."""
+    log = folder / FAILURE_LOG
+    log.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="backslashreplace")
+    root = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    reason = (str(root).splitlines() or [""])[0]
+    print(
+        f"tierforce: failed in phase {phase}, role {role_of(error)}, rank {os.environ.get('RANK', '0')}: "
+        f"{type(root).__name__}: {reason} (traceback: {os.path.relpath(log)})",
+        file=sys.stderr,
+        flush=True,
+    )
+    return FAILED
+
+
+def role_of(error: BaseException) -> str:
+    """The role whose code the error came through."""
+    for frame in traceback.extract_tb(error.__traceback__):
+        path = Path(frame.filename)
+        if path.parent.name == "workers" and path.name in ROLE_OF_FILE:
+            return ROLE_OF_FILE[path.name]
+    return "orchestrator"
+
+
+def is_primary() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+@hydra.main(version_base=None, config_path=str(CONFIG_FOLDER), config_name="run")
+def hydra_task(cfg: DictConfig) -> None:
+    """Leaves by sys.exit: what Hydra catches itself it prints as its own, with exit code 1."""
+    try:
+        config = OmegaConf.to_object(cfg)
+        check_start(config)
+    except ConfigError as error:
+        sys.exit(refuse(error))
+    sys.exit(run(config, Path(HydraConfig.get().runtime.output_dir)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program; `argv` without its name."""
+    argv = sys.argv[1:] if argv is None else argv
+    # transformers' advice to its callers is no message to the user.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        # Hydra's own flags (--help, --cfg job, --multirun) bring their own syntax: it checks what it composes.
+        if not any(item.startswith("-") for item in argv):
+            check_start(read_config(argv))
+    except ConfigError as error:
+        return refuse(error)
+    return run_hydra(argv)
+
+
+def run_hydra(argv: list[str]) -> int:
+    outer, sys.argv = sys.argv, [sys.argv[0], *argv]
+    try:
+        hydra_task()
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else DONE
+    finally:
+        sys.argv = outer
+    return DONE
+
+
+if __name__ == "__main__":
+    # Model text may hold what the terminal's encoding does not.
+    sys.stdout.reconfigure(errors="backslashreplace")
+    sys.exit(main())

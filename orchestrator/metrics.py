@@ -1,0 +1,140 @@
+"""Rounds and their seconds in; the `timing` and `speculation` fields of result.json out. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from orchestrator.hierarchy import Round
+from workers.messages import DRAFTER, RETRIEVAL
+
+
+class LevelCounts:
+    """How one level's proposals fared with the level that verified them."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.proposed = self.accepted = 0
+        self._proposed_at: list[int] = []
+        self._accepted_at: list[int] = []
+
+    def add(self, num_proposed: int, num_accepted: int) -> None:
+        """One verification: of `num_proposed` tokens in order the first `num_accepted` were accepted."""
+        self.proposed += num_proposed
+        self.accepted += num_accepted
+        missing = num_proposed - len(self._proposed_at)
+        self._proposed_at += [0] * missing
+        self._accepted_at += [0] * missing
+        for position in range(num_proposed):
+            self._proposed_at[position] += 1
+            self._accepted_at[position] += position < num_accepted
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted over proposed tokens; None before the first proposal."""
+        return self.accepted / self.proposed if self.proposed else None
+
+    def to_plain(self) -> dict[str, Any]:
+        """`accepted_per_position[i]`: how often the proposal's token i was accepted, of the times there was one."""
+        pairs = zip(self._accepted_at, self._proposed_at, strict=True)
+        return {
+            "name": self.name,
+            "proposed": self.proposed,
+            "accepted": self.accepted,
+            "acceptance_rate": self.acceptance_rate,
+            "accepted_per_position": [accepted / proposed for accepted, proposed in pairs],
+        }
+
+
+class Metrics:
+    """Counts rounds as they come. The first one is the prompt and the first token: it counts for no rate.
+
+    A verification's tokens arrive together, so each is given an equal share of the round's seconds. Time between
+    tokens (TBT) is decode seconds over tokens after the first; the percentiles are over those tokens.
+    """
+
+    def __init__(self, *, uses_drafter: bool, uses_retrieval: bool):
+        used = ((DRAFTER, uses_drafter), (RETRIEVAL, uses_retrieval))
+        self.levels = [LevelCounts(name) for name, is_used in used if is_used]
+        self._uses_drafter, self._uses_retrieval = uses_drafter, uses_retrieval
+        self.num_tokens = self.verifications = self.rebuilds = 0
+        self.prefill_s: float | None = None
+        self.ttft_s: float | None = None
+        self.decode_s = 0.0
+        self.phase_seconds: dict[str, float] = {}
+        self._token_seconds: list[float] = []
+
+    def add(self, round_: Round, seconds: float) -> None:
+        """`seconds` is the time the whole round took."""
+        self.num_tokens += len(round_.tokens)
+        if self.ttft_s is None:
+            self.ttft_s = seconds
+            self.prefill_s = seconds - sum(round_.seconds.values())
+            return
+        self.verifications += 1
+        self.rebuilds += round_.rebuilt
+        self.decode_s += seconds
+        self._token_seconds += [seconds / len(round_.tokens)] * len(round_.tokens)
+        for phase, spent in round_.seconds.items():
+            self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + spent
+        self._count_proposals(round_)
+
+    def _count_proposals(self, round_: Round) -> None:
+        if not self.levels:
+            return
+        if self._uses_drafter and self._uses_retrieval:
+            for num_proposed, num_accepted in round_.inner_steps:
+                self.levels[0].add(num_proposed, num_accepted)
+        self.levels[-1].add(len(round_.proposed), round_.num_accepted)
+
+    @property
+    def num_decoded(self) -> int:
+        """Tokens after the first."""
+        return len(self._token_seconds)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return self.num_decoded / self.decode_s if self.decode_s else None
+
+    @property
+    def tbt_mean_s(self) -> float | None:
+        return self.decode_s / self.num_decoded if self.num_decoded else None
+
+    @property
+    def tokens_per_verification(self) -> float | None:
+        return self.num_decoded / self.verifications if self.verifications else None
+
+    def timing(self) -> dict[str, Any]:
+        """null where nothing was measured: there is no time between tokens if there is one token."""
+        tbt_s = {
+            "mean": self.tbt_mean_s,
+            "p50": percentile(self._token_seconds, 50),
+            "p95": percentile(self._token_seconds, 95),
+        }
+        return {
+            "prefill_s": self.prefill_s,
+            "ttft_s": self.ttft_s,
+            "decode_s": self.decode_s,
+            "tbt_ms": {name: None if value is None else 1000 * value for name, value in tbt_s.items()},
+            "tokens_per_s": self.tokens_per_s,
+            "phases_s": dict(self.phase_seconds),
+        }
+
+    def speculation(self) -> dict[str, Any]:
+        return {
+            "verifications": self.verifications,
+            "tokens_per_verification": self.tokens_per_verification,
+            "rebuilds": self.rebuilds,
+            "levels": [level.to_plain() for level in self.levels],
+        }
+
+
+def percentile(values: Iterable[float], percent: float) -> float | None:
+    """With linear interpolation between the two nearest values; None of nothing."""
+    ordered: Sequence[float] = sorted(values)
+    if not ordered:
+        return None
+    rank = (len(ordered) - 1) * percent / 100
+    low = int(rank)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)

@@ -1,0 +1,36 @@
+"""The README's commands are the ones that CI and the code know."""
+
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+from conf.schema import RunConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_ci_runs_exactly_the_test_command_of_the_readme():
+    ci_command = (ROOT / ".ci/run").read_text(encoding="utf-8").strip().splitlines()[-1]
+    assert ci_command in README.splitlines()
+
+
+def keys_of(config, prefix: str = "") -> set[str]:
+    """All dotted keys of a configuration."""
+    keys = set()
+    for item in fields(config):
+        value = getattr(config, item.name)
+        keys |= {prefix + item.name}
+        keys |= keys_of(value, f"{prefix}{item.name}.") if is_dataclass(value) else set()
+    return keys
+
+
+def test_every_override_in_the_readme_is_a_key_of_the_schema():
+    overrides = set(re.findall(r"(?<=\s)([a-z_]+(?:\.[a-z0-9_]+)*)=", README))
+    assert overrides, "the README shows overrides"
+    assert overrides <= keys_of(RunConfig())
+
+
+def test_every_group_choice_in_the_readme_has_a_file():
+    for choice in re.findall(r"\bmodel=([\w.-]+)", README):
+        assert (ROOT / "conf/model" / f"{choice}.yaml").is_file(), choice
