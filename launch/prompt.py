@@ -21,6 +21,13 @@ BLOCK_BYTES = 1 << 18
 ONLY_PACKAGES = {"site-packages", "dist-packages"}
 
 
+def check_prompt(config: PromptConfig) -> None:
+    """What can be said of it without a tokenizer; raises ConfigError. What comes out of a pipe comes only once."""
+    is_pipe = config.path is not None and os.path.exists(config.path) and not os.path.isfile(config.path)
+    if (config.path is not None or config.text is not None) and (not is_pipe or os.path.isdir(config.path)):
+        next(_pieces(config), None)
+
+
 def read_prompt(config: PromptConfig, tokenizer, at_most: int | None = None) -> list[int]:
     """The first `config.max_tokens` tokens of the prompt, never more than `at_most`; raises ConfigError.
 

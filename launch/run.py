@@ -34,7 +34,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conf.schema import ConfigError, RunConfig, to_plain
-from launch.prompt import read_prompt
+from launch.prompt import check_prompt, read_prompt
 from orchestrator.display import Display
 from orchestrator.hierarchy import Round
 from orchestrator.metrics import Metrics
@@ -190,6 +190,7 @@ def check_start(config: RunConfig) -> None:
             "plays all roles in one process"
         )
     check_output(config.output)
+    check_prompt(config.prompt)
 
 
 def check_output(output: str) -> None:
@@ -230,10 +231,12 @@ class Interruption:
 
     def _on_signal(self, number: int, frame: Any) -> None:
         now = time.monotonic()
-        is_first = not self.is_requested
-        if is_first:
+        if not self.is_requested:
             self.is_requested, self._first_at = True, now
-        if not self.is_deferred if is_first else now - self._first_at > self.ECHO_SECONDS:
+            must_stop_now = not self.is_deferred
+        else:
+            must_stop_now = now - self._first_at > self.ECHO_SECONDS
+        if must_stop_now:
             raise KeyboardInterrupt
 
 
@@ -382,19 +385,23 @@ def refuse(error: ConfigError) -> int:
 
 def fail(error: Exception, phase: str, folder: Path) -> int:
     """One line with the root cause; the traceback goes to a file."""
-    log = folder / FAILURE_LOG
-    log.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="backslashreplace")
     root = error
     while root.__cause__ is not None:
         root = root.__cause__
     reason = (str(root).splitlines() or [""])[0]
-    print(
-        f"tierforce: failed in phase {phase}, role {role_of(error)}, rank {os.environ.get('RANK', '0')}: "
-        f"{type(root).__name__}: {reason} (traceback: {os.path.relpath(log)})",
-        file=sys.stderr,
-        flush=True,
-    )
+    where = f"phase {phase}, role {role_of(error)}, rank {os.environ.get('RANK', '0')}"
+    log = write_traceback(error, folder / FAILURE_LOG)
+    print(f"tierforce: failed in {where}: {type(root).__name__}: {reason} ({log})", file=sys.stderr, flush=True)
     return FAILED
+
+
+def write_traceback(error: Exception, path: Path) -> str:
+    """Where the traceback is; a disk that is full must not hide what went wrong."""
+    try:
+        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="backslashreplace")
+    except OSError as failure:
+        return f"no traceback written: {failure.strerror}"
+    return f"traceback: {os.path.relpath(path)}"
 
 
 def role_of(error: BaseException) -> str:

@@ -26,7 +26,7 @@ def keys_of(config, prefix: str = "") -> set[str]:
 
 
 def test_every_override_in_the_readme_is_a_key_of_the_schema():
-    overrides = set(re.findall(r"(?<=\s)([a-z_]+(?:\.[a-z0-9_]+)*)=", README))
+    overrides = set(re.findall(r"(?<=\s)([a-z_]+(?:\.[a-z0-9_]+)*)=(?!=)", README))
     assert overrides, "the README shows overrides"
     assert overrides <= keys_of(RunConfig())
 
