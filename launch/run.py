@@ -6,34 +6,28 @@ one message; 130 interrupted. torch is imported only after the configuration was
 
 from __future__ import annotations
 
-import difflib
 import os
 import signal
 import sys
 import tempfile
 import time
 import traceback
-import typing
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass
-from enum import StrEnum
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conf.schema import ConfigError, RunConfig, to_plain
+from conf.model_source import model_source
+from conf.schema import LOOKUP_DRAFTER, NO_DRAFTER, ConfigError, RunConfig, to_plain
+from launch.overrides import CONFIG_FOLDER, read_config
 from launch.prompt import check_prompt, read_prompt
 from orchestrator.display import Display
 from orchestrator.hierarchy import Round
@@ -41,8 +35,6 @@ from orchestrator.metrics import Metrics
 from orchestrator.report import Report, versions
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
-CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "conf"
-GROUPS = ("model", "placement")
 FAILURE_LOG = "failure.log"
 # Which role a line of code belongs to, for the message of a failure; all else is the orchestrator's.
 ROLE_OF_FILE = {
@@ -51,134 +43,6 @@ ROLE_OF_FILE = {
     "retrieval_drafter.py": "retriever",
     "target_verifier.py": "verifier",
 }
-
-ConfigStore.instance().store(name="run_schema", node=RunConfig)
-
-
-# ---- The configuration: everything that can be wrong with it is said in one message. ----
-
-
-def read_config(overrides: list[str]) -> RunConfig:
-    """The configuration that these overrides make; raises ConfigError for the first thing wrong with them."""
-    parsed = [parse_override(text) for text in overrides]
-    for override in parsed:
-        check_override(override)
-    try:
-        with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-            return OmegaConf.to_object(hydra.compose("run", overrides=overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise explained(error, parsed) from None
-
-
-def parse_override(text: str) -> Override:
-    try:
-        return OverridesParser.create().parse_override(text)
-    except HydraException as error:
-        key, _, value = text.partition("=")
-        if "=" not in text:
-            raise ConfigError(f"{text!r} must be key=value, for example decoding.gamma1=2") from None
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"{key} is {value!r}, which cannot be parsed ({reason}); a value with spaces or special characters must be "
-            f"quoted twice: '{key}=\"...\"'"
-        ) from None
-
-
-def check_override(override: Override) -> None:
-    """Key, type and group choice; the values themselves are checked by the schema."""
-    key = override.key_or_group
-    if key.split(".")[0].split("/")[0] == "hydra":
-        return
-    if key in GROUPS:
-        check_choice(override)
-        return
-    kinds = schema_kinds()
-    if key not in kinds:
-        raise ConfigError(unknown_key(key, text_of(override), kinds))
-    if override.is_delete():
-        return
-    if override.is_sweep_override():
-        raise ConfigError(
-            f"{key} is {text_of(override)!r}, which reads as several values; it must be {legal_value(key)}"
-        )
-    try:
-        OmegaConf.update(OmegaConf.structured(RunConfig), key, override.value())
-    except OmegaConfBaseException as error:
-        # Of key={inner: value} the inner key is at fault.
-        inner = error.full_key if error.full_key in kinds else key
-        subject = "it" if inner == key else inner
-        raise ConfigError(f"{key} is {text_of(override)!r}; {subject} must be {legal_value(inner)}") from None
-
-
-def check_choice(override: Override) -> None:
-    group = override.key_or_group
-    choices = sorted(path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml"))
-    if not override.is_delete() and override.value() not in choices:
-        one_key = next(key for key in schema_kinds() if key.startswith(f"{group}."))
-        raise ConfigError(
-            f"{group} is {text_of(override)!r}; it must be one of {', '.join(choices)} "
-            f"(one key of it is set by its full name: {one_key}=...)"
-        )
-
-
-def schema_kinds() -> dict[str, tuple[Any, Any]]:
-    """Every key of the schema, with its type and default."""
-    return dict(_walk("", RunConfig()))
-
-
-def _walk(prefix: str, config: Any) -> typing.Iterator[tuple[str, tuple[Any, Any]]]:
-    hints = typing.get_type_hints(type(config))
-    for item in fields(config):
-        value = getattr(config, item.name)
-        yield prefix + item.name, (hints[item.name], value)
-        if is_dataclass(value):
-            yield from _walk(f"{prefix}{item.name}.", value)
-
-
-def legal_value(key: str) -> str:
-    """What the type of a key allows, in words, with an example."""
-    kind, default = schema_kinds()[key]
-    if is_dataclass(kind):
-        return f"left whole: set one of its keys, {', '.join(f'{key}.{item.name}' for item in fields(kind))}"
-    if typing.get_origin(kind) is list:
-        return f"a list of texts, for example {key}='[\"###\"]'"
-    if isinstance(kind, type) and issubclass(kind, StrEnum):
-        return f"one of {', '.join(kind)}"
-    types = typing.get_args(kind) or (kind,)
-    words = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}[types[0]]
-    or_null = " or null" if type(None) in types else ""
-    if types[0] is bool:
-        return words + or_null
-    example = default if default is not None else {int: 1000, float: 8, str: f"'{key}=\"some, text\"'"}[types[0]]
-    return f"{words}{or_null}, for example {example}"
-
-
-def unknown_key(key: str, value: str, known: dict[str, Any]) -> str:
-    """Names the nearest legal key: one spelled alike, or one whose last part is."""
-    by_last_part = {name.rpartition(".")[2]: name for name in known}
-    alike = difflib.get_close_matches(key.rpartition(".")[2], by_last_part, n=1)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75) or [by_last_part[name] for name in alike]
-    if near:
-        return f"there is no key {key} (given {value!r}); did you mean {near[0]}? It must be {legal_value(near[0])}"
-    first_parts = sorted({name.partition(".")[0] for name in known})
-    return f"there is no key {key} (given {value!r}); keys begin with {', '.join(first_parts)} (all: --cfg job)"
-
-
-def text_of(override: Override) -> str:
-    """The value as it was typed."""
-    return (override.input_line or "").partition("=")[2]
-
-
-def explained(error: Exception, overrides: list[Override]) -> ConfigError:
-    """What Hydra or OmegaConf refused though each override by itself is well formed: $-references, deletions."""
-    reason = str(error.__cause__ or error).splitlines()[0]
-    full_key = getattr(error.__cause__ or error, "full_key", None)
-    culprits = [item for item in overrides if item.key_or_group == full_key or (item.input_line or "?") in str(error)]
-    if not culprits:
-        return ConfigError(f"the configuration was refused: {reason}")
-    key = culprits[0].key_or_group
-    legal = f"; it must be {legal_value(key)}" if key in schema_kinds() else ""
-    return ConfigError(f"{culprits[0].input_line} was refused ({reason}){legal}")
 
 
 def check_start(config: RunConfig) -> None:
@@ -191,6 +55,9 @@ def check_start(config: RunConfig) -> None:
         )
     check_output(config.output)
     check_prompt(config.prompt)
+    model_source("model.target", config.model.target)
+    if config.model.drafter not in (LOOKUP_DRAFTER, NO_DRAFTER):
+        model_source("model.drafter", config.model.drafter)
 
 
 def check_output(output: str) -> None:
@@ -225,9 +92,13 @@ class Interruption:
         self.is_requested = self.is_deferred = False
         self._first_at = 0.0
 
-    def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+    def __enter__(self) -> Interruption:
+        self._earlier = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         now = time.monotonic()
@@ -359,12 +230,10 @@ class Job:
 def run(config: RunConfig, folder: Path, console: Console | None = None) -> int:
     """One run with all its errors; returns the exit code."""
     config.output = os.path.relpath(folder)
-    interruption = Interruption()
-    interruption.install()
-    display = Display(console or Console())
+    display, interruption = Display(console or Console()), Interruption()
     job = Job(config=config, folder=folder, display=display, interruption=interruption)
     try:
-        with display:
+        with interruption, display:
             return job.run()
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -417,15 +286,14 @@ def is_primary() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-@hydra.main(version_base=None, config_path=str(CONFIG_FOLDER), config_name="run")
-def hydra_task(cfg: DictConfig) -> None:
-    """Leaves by sys.exit: what Hydra catches itself it prints as its own, with exit code 1."""
+def run_task(cfg: DictConfig) -> int:
+    """What Hydra runs; it handles its own errors: what Hydra catches, it reports as its own, with exit code 1."""
     try:
         config = OmegaConf.to_object(cfg)
         check_start(config)
     except ConfigError as error:
-        sys.exit(refuse(error))
-    sys.exit(run(config, Path(HydraConfig.get().runtime.output_dir)))
+        return refuse(error)
+    return run(config, Path(HydraConfig.get().runtime.output_dir))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -443,14 +311,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_hydra(argv: list[str]) -> int:
+    """The worst exit code of its runs: one, or with --multirun several."""
+    codes = []
+
+    @hydra.main(version_base=None, config_path=str(CONFIG_FOLDER), config_name="run")
+    def task(cfg: DictConfig) -> None:
+        codes.append(run_task(cfg))
+        if codes[-1] == INTERRUPTED:
+            sys.exit(INTERRUPTED)
+
     outer, sys.argv = sys.argv, [sys.argv[0], *argv]
     try:
-        hydra_task()
+        task()
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else DONE
     finally:
         sys.argv = outer
-    return DONE
+    return max(codes, default=DONE)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from conf.model_source import model_source
 from conf.schema import ConfigError
 from tiers.base import CacheShape
 from tiers.device_tier import DeviceTier
 from tiers.full_cache import DeviceLayer, FullCache
 from workers.model import CausalModel
 
-PROJECT_ROOT = Path(__file__).resolve().parents[1]
 # Attention that our function would compute silently wrong, or that is none.
 REFUSED_MODEL_TYPES = ("llama4", "llama4_text", "gemma3n", "gemma3n_text")
 SUPPORTED_LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -51,7 +51,7 @@ class ModelFacts:
 
 def describe(key: str, name: str, dtype: torch.dtype) -> ModelFacts:
     """Reads configuration and tokenizer of `name`, which `key` asked for. Raises ConfigError."""
-    source = _source(key, name)
+    source = model_source(key, name)
     config = _load(key, name, AutoConfig, source)
     text_config = config.get_text_config()
     _refuse_unsupported(key, name, text_config)
@@ -77,18 +77,6 @@ def describe(key: str, name: str, dtype: torch.dtype) -> ModelFacts:
         eos_ids=_eos_ids(source, config),
         num_weight_bytes=_num_parameters(config) * dtype.itemsize,
     )
-
-
-def _source(key: str, name: str) -> str:
-    """An existing folder (relative ones are looked for here, then in the project), or `name` as a hub id."""
-    for folder in (Path(name).expanduser(), PROJECT_ROOT / name):
-        if folder.is_dir():
-            if not (folder / "config.json").is_file():
-                raise ConfigError(f"{key} is {name!r}; the folder {folder} has no config.json: name a model's folder")
-            return str(folder)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.startswith("assets/"):
-        raise ConfigError(f"{key} is {name!r}; there is no such folder: name a local folder or a hub id (owner/name)")
-    return name
 
 
 def _load(key: str, name: str, auto_class, source: str):

@@ -13,6 +13,19 @@ import torch
 import workers.acceptance
 from conf.schema import Mode, SamplingConfig
 from tests.enumeration import joint_law, outcomes
+from tests.lossless.wrong_rules import (
+    AlwaysAccepting,
+    BlockWithTokenResidual,
+    BonusFromThePositionBefore,
+    CutByTheTokenDropped,
+    HandingUpTheRowBefore,
+    ProposalDrawnUncut,
+    ProposalStoredUncut,
+    RowsShiftedByOne,
+    SwappedRatio,
+    TriForceRule,
+    making,
+)
 from tests.toy_models import (
     DRAFTER_LEVEL,
     EXACT,
@@ -28,8 +41,7 @@ from tests.toy_models import (
     target_law,
     total_variation,
 )
-from workers.acceptance import ACCEPT, CHOOSE, REPLACE, MaximalCoupling, distribution, make_coupling, residual
-from workers.messages import Draft, Verdict
+from workers.acceptance import residual
 
 EXACTLY = 1e-12
 CLEARLY = 1e-3
@@ -86,6 +98,16 @@ def setup_for(way: str, sampling: SamplingConfig, vocab_size: int, **changes) ->
 @pytest.mark.parametrize(("way", "sampling"), list(product(WAYS, SAMPLINGS | BLOCK)))
 def test_three_tokens_of_two_symbols_have_exactly_the_targets_law(way, sampling):
     assert_exact(setup_for(way, (SAMPLINGS | BLOCK)[sampling], 2), 3)
+
+
+LENGTHS_WITH_BONUS = {"triforce_1_1": 4, "triforce_1_2": 5, "retrieval_2": 4, "streaming_3": 5, "streaming_lookup": 4}
+
+
+@pytest.mark.parametrize("sampling", ["T1", "block"])
+@pytest.mark.parametrize("way", LENGTHS_WITH_BONUS)
+def test_the_law_is_exact_up_to_the_token_after_the_longest_block(way, sampling):
+    """The target alone gives the first token, so a block is tokens 2 to n + 1 and the bonus is token n + 2."""
+    assert_exact(setup_for(way, (SAMPLINGS | BLOCK)[sampling], 2), LENGTHS_WITH_BONUS[way])
 
 
 SMALL_WAYS = [way for way in WAYS if way != "triforce_2_2"]
@@ -152,7 +174,7 @@ def test_equal_models_accept_everything_and_stay_exact(mode, sampling):
     setup = Setup(target=table, retrieval=table, drafter=table, mode=mode, sampling=sampling)
     assert_exact(setup, 3)
     rounds = [hierarchy for _, _, hierarchy in outcomes(setup.build, [], 1)]
-    num_block = 2 if mode is Mode.triforce else 1
+    num_block = 2 if mode is Mode.triforce and not sampling.block_verification else 1
     assert {len(hierarchy.session.generated) for hierarchy in rounds} == {1 + num_block + 1}
 
 
@@ -166,9 +188,9 @@ def test_a_drafter_with_another_vocabulary_size_stays_exact(vocab_size):
 
 
 class NotFiniteAfter(MarkovModel):
-    """Its logits are not finite after `token`."""
+    """Its logits are all `value` after `token`."""
 
-    token, value = 1, torch.nan
+    token, value = 0, torch.nan
 
     def append(self, tokens: list[int], num_logits: int) -> torch.Tensor:
         logits = super().append(tokens, num_logits)
@@ -180,10 +202,12 @@ class NotFiniteAfter(MarkovModel):
 @pytest.mark.parametrize("sampling", [EXACT, BLOCK["block"], GREEDY], ids=["token", "block", "greedy"])
 def test_a_drafter_whose_logits_are_not_finite_costs_speed_only(mode, sampling, value):
     def broken(model: MarkovModel) -> MarkovModel:
-        model.__class__ = type("Broken", (NotFiniteAfter,), {"value": value})
+        model.__class__ = type("Broken", (NotFiniteAfter,), {"value": value, "token": most_likely_first})
         return model
 
-    setup = make_setup(2, mode=mode, gamma1=2, gamma2=2, sampling=sampling, wrap_drafter=broken)
+    gamma2 = 1 if mode is Mode.triforce else 2
+    setup = make_setup(2, mode=mode, gamma1=2, gamma2=gamma2, sampling=sampling, wrap_drafter=broken)
+    most_likely_first = int(MarkovModel(setup.target).logits_after(list(setup.prompt)).argmax())
     assert_exact(setup, 3)
     failures = [hierarchy.drafter.num_failures for _, _, hierarchy in outcomes(setup.build, [], 2)]
     assert max(failures) > 0
@@ -211,13 +235,6 @@ def test_block_verification_is_exact_for_blocks_that_end_where_an_inner_step_end
     assert_exact(setup, 3)
 
 
-class CutByTheTokenDropped(MaximalCoupling):
-    """Wrong: leaves out a drafted token because of what it is."""
-
-    def verify(self, draft: Draft, logits: torch.Tensor, position: int):
-        return super().verify(draft.cut(draft.tokens.index(1)) if 1 in draft.tokens else draft, logits, position)
-
-
 @pytest.mark.parametrize("block", [False, True])
 def test_control_a_draft_cut_by_the_token_it_drops_is_seen(block):
     sampling = BLOCK["block"] if block else EXACT
@@ -227,100 +244,6 @@ def test_control_a_draft_cut_by_the_token_it_drops_is_seen(block):
 
 
 # Negative controls.
-
-
-def making(wrong: type[MaximalCoupling], *levels: int):
-    """Makes the couplings of `levels` wrong."""
-
-    def make(sampling, random, level, *, is_last):
-        if level in levels:
-            return wrong(sampling, random, level, block=sampling.block_verification and is_last)
-        return make_coupling(sampling, random, level, is_last=is_last)
-
-    return make
-
-
-class TriForceRule(MaximalCoupling):
-    """The retrieval draft of TriForce's published code: a rejected token is drawn anew from p1, which is then reported
-    as its proposal. At the last level: no residual."""
-
-    def _verify_tokens(self, draft: Draft, target_probs: torch.Tensor, position: int) -> Verdict:
-        accepted = 0
-        for index, ratio in enumerate(self._ratios(draft, target_probs)):
-            if not self._random.accept(min(1.0, ratio), position + index, self._offset + ACCEPT):
-                break
-            accepted += 1
-        token = self._random.choose(target_probs[accepted], position + accepted, self._offset + REPLACE)
-        return Verdict(num_accepted=accepted, next_token=token)
-
-
-class SwappedRatio(MaximalCoupling):
-    """Accepts with draft/target."""
-
-    def _ratios(self, draft: Draft, target_probs: torch.Tensor) -> list[float]:
-        return [1 / ratio if ratio else 1.0 for ratio in super()._ratios(draft, target_probs)]
-
-
-class AlwaysAccepting(MaximalCoupling):
-    """Keeps every draft."""
-
-    def _ratios(self, draft: Draft, target_probs: torch.Tensor) -> list[float]:
-        return [1.0] * len(draft)
-
-
-class BonusFromThePositionBefore(MaximalCoupling):
-    """Draws the token after a draft that was kept whole from the last draft's own row."""
-
-    def verify(self, draft: Draft, logits: torch.Tensor, position: int):
-        shifted = torch.cat([logits[:-1], logits[-2:-1]]) if len(logits) > 1 else logits
-        return super().verify(draft, shifted, position)
-
-
-class RowsShiftedByOne(MaximalCoupling):
-    """Judges each drafted token by the row of the token after it."""
-
-    def verify(self, draft: Draft, logits: torch.Tensor, position: int):
-        return super().verify(draft, torch.cat([logits[1:], logits[-1:]]), position)
-
-
-class ProposalStoredUncut(MaximalCoupling):
-    """Draws from the cut distribution, hands up the softmax."""
-
-    def draw(self, logits: torch.Tensor, position: int):
-        return super().draw(logits, position)[0], torch.softmax(logits / self._sampling.temperature, -1)
-
-
-class ProposalDrawnUncut(MaximalCoupling):
-    """Draws from the softmax, hands up the cut distribution."""
-
-    def draw(self, logits: torch.Tensor, position: int):
-        plain = torch.softmax(logits / self._sampling.temperature, -1)
-        cut = distribution(logits[None], self._sampling)[0]
-        return self._random.choose(plain, position, self._offset + CHOOSE), cut.clamp_min(1e-9)
-
-
-class HandingUpTheRowBefore(MaximalCoupling):
-    """Reports for each token handed up the distribution of the token before it."""
-
-    def verify(self, draft: Draft, logits: torch.Tensor, position: int):
-        verdict, probs = super().verify(draft, logits, position)
-        return verdict, [probs[0], *probs[:-1]]
-
-
-class BlockWithTokenResidual(MaximalCoupling):
-    """Block verification whose replacement ignores the weight of the prefix."""
-
-    def _verify_block(self, draft: Draft, target_probs: torch.Tensor, position: int) -> Verdict:
-        kept, last = -1, len(draft)
-        weights = [1.0]
-        for ratio in self._ratios(draft, target_probs):
-            weights.append(min(1.0, weights[-1] * ratio))
-        for index in range(1, last + 1):
-            if self._random.accept(weights[index], position + index - 1, self._offset + ACCEPT):
-                kept = index
-        kept = max(kept, 0)
-        rest = target_probs[kept] if kept == last else residual(target_probs[kept], draft.probs[kept])
-        return Verdict(num_accepted=kept, next_token=self._random.choose(rest, position + kept, REPLACE))
 
 
 CONTROLS = {
@@ -350,9 +273,11 @@ CONTROLS = {
 @pytest.mark.parametrize("name", CONTROLS)
 def test_control_a_wrong_rule_is_seen(name):
     wrong, level, way, sampling = CONTROLS[name]
-    setup = setup_for(way, sampling, 3, gamma2=2 if way == "streaming_3" else WAYS[way]["gamma2"])
-    assert error(setup) < EXACTLY
-    assert error(setup.but(make=making(wrong, level))) > CLEARLY
+    setup, num_tokens = setup_for(way, sampling, 3), 3
+    if way == "streaming_3":
+        setup, num_tokens = setup.but(gamma2=2), 4
+    assert error(setup, num_tokens) < EXACTLY
+    assert error(setup.but(make=making(wrong, level)), num_tokens) > CLEARLY
 
 
 def test_control_the_triforce_rule_cannot_be_seen_in_greedy_decoding():

@@ -14,9 +14,7 @@ from launch import prompt
 from launch.prompt import check_prompt, read_prompt
 
 BOS, EOS = 0, 1
-SAMPLE = (
-    "def add(left, right):\n    return left + right\n\nIt was a dark and stormy night; the rain fell in torrents.\n"
-)
+SAMPLE = "def add(left, right):\n    return left + right\n\nIt was a dark and stormy night; it rained.\n"
 
 
 def make_tokenizer(pre_tokenizer) -> PreTrainedTokenizerFast:

@@ -1,0 +1,356 @@
+"""launch/run.py: bad input ends with code 2 and one message, a failure with 1 and one line, Ctrl-C with 130.
+
+Most cases run in this process, with an engine that has no model; a few start the program as a user does.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from conf.schema import ConfigError
+from launch import run
+from orchestrator.hierarchy import Round
+from orchestrator.session import Session
+from orchestrator.text_stream import TextStream
+
+PROGRAM = Path(run.__file__)
+MAX_POSITIONS = 64
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token per byte, no BOS."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+class FakeHierarchy:
+    """Writes "abab..." two tokens a round; `before` is called with "start" or the round's number."""
+
+    def __init__(self, session: Session, before):
+        self.session, self._before, self._num_rounds = session, before, 0
+
+    def start(self) -> Round:
+        self._before("start")
+        return Round(index=0, proposed=[], origins=[], num_accepted=0, tokens=self.session.commit([ord("a")]))
+
+    def round(self) -> Round:
+        self._num_rounds += 1
+        self._before(self._num_rounds)
+        tokens = self.session.commit([ord("b"), ord("a")])
+        return Round(
+            index=self._num_rounds,
+            proposed=[ord("b"), ord("x")],
+            origins=["drafter", "retrieval"],
+            num_accepted=1,
+            tokens=tokens,
+            inner_steps=[(2, 1)],
+            seconds={"verify": 1e-4},
+        )
+
+
+class FakeEngine:
+    def __init__(self, session: Session, before):
+        self.hierarchy, self.notes, self.is_closed = FakeHierarchy(session, before), ["device cpu"], False
+
+    def on_prefill_progress(self, callback) -> None:
+        callback(10, 20)
+
+    def memory_report(self):
+        return {"device": {"planned_bytes": 10, "peak_bytes": 9}}
+
+    def streaming_report(self):
+        return {"bytes": 0, "seconds": 0.0, "gb_per_s": 0.0, "stall_s": 0.0}
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class FakeEngines(SimpleNamespace):
+    """Stands for the module launch.engine."""
+
+    def __init__(self):
+        super().__init__(before=lambda point: None, engine=None, build_error=None)
+
+    def prepare(self, config):
+        return SimpleNamespace(tokenizer=byte_tokenizer(), max_positions=MAX_POSITIONS, eos_ids=frozenset(), notes=[])
+
+    def build(self, config, prepared, prompt_ids, max_new_tokens, seed):
+        if self.build_error:
+            raise self.build_error
+        stream = TextStream(lambda ids: bytes(ids).decode(errors="replace"), config.generation.stop)
+        session = Session(prompt=prompt_ids, max_new_tokens=max_new_tokens, text_stream=stream)
+        self.engine = FakeEngine(session, self.before)
+        return self.engine
+
+
+@pytest.fixture
+def engines(monkeypatch, tmp_path):
+    fake = FakeEngines()
+    monkeypatch.setitem(sys.modules, "launch.engine", fake)
+    monkeypatch.chdir(tmp_path)
+    return fake
+
+
+def result_of(folder: str = "o") -> dict:
+    return json.loads(Path(folder, "result.json").read_text())
+
+
+# (arguments, what the message must name: key, value, legal value)
+REFUSED = [
+    (["decoding.gama1=3"], ["decoding.gama1", "3", "decoding.gamma1", "for example 2"]),
+    (["gamma1=3"], ["gamma1", "3", "decoding.gamma1", "for example 2"]),
+    (["temprature=0"], ["temprature", "0", "sampling.temperature", "0.6"]),
+    (["+decoding.speed=9"], ["decoding.speed", "9", "decoding."]),
+    (["zzz=1"], ["zzz", "1", "decoding", "sampling"]),
+    (["decoding.gamma1=four"], ["decoding.gamma1", "'four'", "an integer, for example 2"]),
+    (["decoding.gamma1=1.5"], ["decoding.gamma1", "'1.5'", "an integer"]),
+    (["decoding.gamma1=true"], ["decoding.gamma1", "'true'", "an integer"]),
+    (["decoding.gamma1=null"], ["decoding.gamma1", "'null'", "an integer"]),
+    (["decoding.gamma1=1,2"], ["decoding.gamma1", "'1,2'", "an integer"]),
+    (["decoding.gamma1=65"], ["decoding.gamma1", "65", "between 0 and 64"]),
+    (["decoding.gamma1="], ["decoding.gamma1", "''", "an integer"]),
+    (["decoding=fast"], ["decoding", "'fast'", "decoding.mode"]),
+    (["decoding={gamma1: four}"], ["decoding.gamma1", "four", "an integer"]),
+    (["~decoding.gamma1"], ["decoding.gamma1", "an integer"]),
+    (["decoding.mode=fast"], ["decoding.mode", "'fast'", "triforce, retrieval, streaming, autoregressive"]),
+    (["model=gpt5"], ["model", "'gpt5'", "demo", "llama2-7b-128k", "qwen3-8b"]),
+    (["model=null"], ["model", "'null'", "demo"]),
+    (["model=[demo]"], ["model", "'[demo]'", "demo"]),
+    (["placement=moon"], ["placement", "'moon'", "auto, inline"]),
+    (["model.target=null"], ["model.target", "'null'", "a text"]),
+    (["model.target="], ["model.target", "''", "hub id"]),
+    (["cache.retrieval.budget=1001"], ["cache.retrieval.budget", "1001", "1000"]),
+    (["cache.retrieval.rebuild=often"], ["cache.retrieval.rebuild", "often", "never, adaptive"]),
+    (["cache.full.tier=moon"], ["cache.full.tier", "'moon'", "auto, device, host"]),
+    (["sampling.temperature=-1"], ["sampling.temperature", "-1", "0 (greedy)"]),
+    (["sampling.temperature=nan"], ["sampling.temperature", "nan", "0 (greedy)"]),
+    (["sampling.temperature=inf"], ["sampling.temperature", "inf", "0 (greedy)"]),
+    (["sampling.temperature=hot"], ["sampling.temperature", "'hot'", "a number, for example 0.6"]),
+    (["sampling.top_p=0"], ["sampling.top_p", "0", "at most 1"]),
+    (["sampling.top_k=1.5"], ["sampling.top_k", "'1.5'", "an integer"]),
+    (["sampling.top_k=-2"], ["sampling.top_k", "-2", ">= 0"]),
+    (["sampling.seed=-1"], ["sampling.seed", "-1", "null"]),
+    (["sampling.coupling=loose"], ["sampling.coupling", "'loose'", "maximal, gumbel"]),
+    (["sampling.block_verification=maybe"], ["sampling.block_verification", "'maybe'", "true or false"]),
+    (["generation.stop=END"], ["generation.stop", "'END'", "a list of texts"]),
+    (["generation.stop=a,b"], ["generation.stop", "'a,b'", "a list of texts"]),
+    (["generation.stop=['']"], ["generation.stop", "['']", "non-empty"]),
+    (["generation.max_new_tokens=0"], ["generation.max_new_tokens", "0", ">= 1"]),
+    (["prompt.max_tokens=0"], ["prompt.max_tokens", "0", ">= 1"]),
+    (["prompt.text="], ["prompt.text", "''", "at least one character"]),
+    (["prompt.text=Hello, world"], ["prompt.text", "'Hello, world'", '"some, text"']),
+    (["prompt.text=a (b"], ["prompt.text", "'a (b'", "quoted"]),
+    (["prompt.text=${nowhere}"], ["prompt.text", "${nowhere}", "a text"]),
+    (["prompt.text=???"], ["prompt.text", "???", "a text"]),
+    (["prompt.text=a\udcff"], ["prompt.text", "udcff", "UTF-8"]),
+    (["prompt.text=a", "prompt.path=b"], ["prompt.text", "'a'", "prompt.path"]),
+    (["prompt.path=nowhere.txt"], ["prompt.path", "'nowhere.txt'", "UTF-8 text file"]),
+    (["prompt.path=."], ["prompt.path", "'.'", "folder", "UTF-8 text file"]),
+    (["placement.device=tpu"], ["placement.device", "'tpu'", "cuda:N"]),
+    (["output=file.txt/run"], ["output", "'file.txt/run'", "outputs/run"]),
+    (["output=file.txt"], ["output", "'file.txt'", "outputs/run"]),
+    (["output=" + "x" * 300], ["output", "xxx", "outputs/run"]),
+    (["output="], ["output", "''", "outputs/run"]),
+    (["hydra.speed=1"], ["hydra.speed=1"]),
+    (["gamma"], ["'gamma'", "key=value", "decoding.gamma1=2"]),
+    (["="], ["'='", "key=value", "decoding.gamma1=2"]),
+    (["=3"], ["'=3'", "key=value", "decoding.gamma1=2"]),
+    (["prompt.text=" + "(" * 100_000], ["prompt.text", "((((", "quoted"]),
+    (["prompt.text='a\n\tb"], ["prompt.text", "a\\n\\tb", "quoted"]),
+    (["prompt.text=${no\nwhere}"], ["prompt.text", "no\\nwhere", "a text"]),
+    (["prompt.text='unclosed"], ["prompt.text", "unclosed", "quoted"]),
+    # These need the tokenizer and the model's configuration.
+    (["prompt.max_tokens=65"], ["prompt.max_tokens", "65", "maximum context length is 64", "prompt.max_tokens=64"]),
+    (["prompt.max_tokens=null"], ["at least 256 tokens", "maximum context length is 64", "prompt.max_tokens=64"]),
+]
+
+
+@pytest.mark.parametrize(("argv", "named"), REFUSED, ids=[" ".join(argv)[:40] for argv, _ in REFUSED])
+def test_bad_input_gives_code_2_and_one_message(engines, capfd, argv, named):
+    Path("file.txt").write_text("a file")
+    assert run.main(argv) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("tierforce: ") and err.count("\n") == 1 and len(err) < 1000, err
+    assert all(part in err for part in named), err
+    assert "Traceback" not in err
+    assert not list(Path().rglob("result.json"))
+
+
+def test_a_refused_configuration_leaves_no_folder(engines):
+    run.main(["decoding.gamma1=four", "output=o"])
+    run.main(["prompt.path=nowhere.txt", "output=p/q"])
+    assert not list(Path().iterdir())
+
+
+def test_more_than_one_process_is_refused_by_one_of_them(engines, capfd, monkeypatch):
+    monkeypatch.setattr(run.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, num_lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert run.main([]) == 2
+        err = capfd.readouterr().err
+        assert err.count("\n") == num_lines
+        assert "WORLD_SIZE is 2" in err or rank == "1"
+
+
+def test_what_the_engine_refuses_is_a_message_too(engines, capfd):
+    engines.build_error = ConfigError("cache.full.tier is 'device'; it must be auto: 3 GiB are needed, 2 GiB are free")
+    assert run.main(["output=o", "prompt.max_tokens=9"]) == 2
+    assert capfd.readouterr().err == f"tierforce: {engines.build_error}\n"
+
+
+def test_a_run_writes_the_contract(engines, capfd):
+    argv = ["output=o", "prompt.text=hello", "generation.max_new_tokens=6", "sampling.seed=7", "decoding.gamma2=3"]
+    assert run.main(argv) == 0
+    result = result_of()
+    assert set(result) >= {
+        "prompt_tokens", "token_ids", "text", "finish_reason", "seed", "config", "timing", "speculation", "memory",
+        "streaming", "versions",
+    }  # fmt: skip
+    assert (result["prompt_tokens"], result["text"], result["finish_reason"]) == (5, "ababab", "length")
+    assert result["seed"] == 7 and result["config"]["decoding"]["gamma2"] == 3 and result["config"]["output"] == "o"
+    assert set(result["timing"]) >= {"prefill_s", "ttft_s", "decode_s", "tbt_ms", "tokens_per_s"}
+    assert [level["name"] for level in result["speculation"]["levels"]] == ["drafter", "retrieval"]
+    assert len(Path("o/rounds.jsonl").read_text().splitlines()) == 4
+    assert Path("o/.hydra/overrides.yaml").exists()
+    out, err = capfd.readouterr()
+    assert "ababab" in out and "tokens per verification" in out and "\x1b" not in out and err == ""
+    assert engines.engine.is_closed
+
+
+@pytest.mark.parametrize(("num_prompt", "num_generated"), [(64, 1), (63, 2), (60, 4)])
+def test_generation_ends_where_the_model_does(engines, capfd, num_prompt, num_generated):
+    argv = ["output=o", f"prompt.text={'x' * num_prompt}", "generation.max_new_tokens=4", "prompt.max_tokens=null"]
+    assert run.main(argv) == 0
+    result = result_of()
+    assert len(result["token_ids"]) == num_generated and result["finish_reason"] == "length"
+    assert ("is cut to" in capfd.readouterr().out) == (num_generated < 4)
+
+
+def test_a_seed_that_is_left_open_is_drawn_and_reported(engines):
+    seeds = []
+    for folder in ("a", "b"):
+        assert run.main([f"output={folder}", "sampling.seed=null", "prompt.text=x", "generation.max_new_tokens=1"]) == 0
+        seeds.append(result_of(folder)["seed"])
+    assert seeds[0] != seeds[1] and all(0 <= seed < 2**53 for seed in seeds)
+
+
+def test_a_sweep_runs_all_its_jobs_and_returns_the_worst_code(engines, capfd):
+    argv = ["--multirun", "hydra.sweep.dir=m", "prompt.text=x", "generation.max_new_tokens=1", "sampling.seed=3,-1,4"]
+    assert run.main(argv) == 2
+    assert [result_of(f"m/{job}")["seed"] for job in (0, 2)] == [3, 4]
+    assert result_of("m/2")["config"]["output"] == "m/2"
+    assert "sampling.seed is -1" in capfd.readouterr().err
+
+
+def fail_in(path: str):
+    """A function that raises from a file of that name."""
+    names: dict = {}
+    source = (
+        "def fail():\n    try:\n        1 / 0\n    except ZeroDivisionError as e:\n        raise OSError('x') from e\n"
+    )
+    exec(compile(source, path, "exec"), names)
+    return names["fail"]
+
+
+@pytest.mark.parametrize(
+    ("point", "phase", "file", "role"),
+    [
+        ("start", "prefill", "/x/workers/target_verifier.py", "verifier"),
+        (2, "decode", "/x/workers/target_verifier.py", "verifier"),
+        (2, "decode", "/x/workers/retrieval_drafter.py", "retriever"),
+        (2, "decode", "/x/workers/lookup_drafter.py", "drafter"),
+        (2, "decode", "/x/other/drafter.py", "orchestrator"),
+    ],
+)
+def test_a_failure_names_phase_role_rank_and_root_cause_in_one_line(engines, capfd, point, phase, file, role):
+    fail = fail_in(file)
+    engines.before = lambda now: fail() if now == point else None
+    assert run.main(["output=o", "prompt.text=x"]) == 1
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and "Traceback" not in err
+    assert f"failed in phase {phase}, role {role}, rank 0: ZeroDivisionError: division by zero" in err
+    assert "o/failure.log" in err and "Traceback" in Path("o/failure.log").read_text()
+    assert engines.engine.is_closed and not Path("o/result.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_while_decoding_keeps_the_tokens(engines, capfd, number):
+    engines.before = lambda point: os.kill(os.getpid(), number) if point == 2 else None
+    assert run.main(["output=o", "prompt.text=x"]) == 130
+    result = result_of()
+    assert (result["finish_reason"], result["text"]) == ("interrupted", "ababa")
+    assert "interrupted after 5 tokens" in capfd.readouterr().out
+    assert engines.engine.is_closed
+
+
+def test_an_interruption_while_reading_the_prompt_ends_at_once(engines):
+    engines.before = lambda point: (os.kill(os.getpid(), signal.SIGINT), time.sleep(5)) if point == "start" else None
+    began = time.monotonic()
+    assert run.main(["output=o", "prompt.text=x"]) == 130
+    assert time.monotonic() - began < 4
+    assert result_of()["token_ids"] == [] and result_of()["finish_reason"] == "interrupted"
+
+
+def test_text_held_back_for_a_stop_string_is_in_an_interrupted_result(engines):
+    engines.before = lambda point: os.kill(os.getpid(), signal.SIGINT) if point == 1 else None
+    assert run.main(["output=o", "prompt.text=x", "generation.stop=[aX]"]) == 130
+    assert result_of()["text"] == "aba"
+
+
+def test_the_earlier_signal_handlers_come_back(engines):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    run.main(["output=o", "prompt.text=x"])
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (run.CONFIG_FOLDER / "model").glob("*.yaml")))
+def test_every_pair_is_a_legal_configuration(name):
+    config = run.read_config([f"model={name}"])
+    assert config.model.target and config.model.drafter
+
+
+# ---- As a user starts it. ----
+
+
+def start(*command: str, cwd: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_the_program_refuses_in_a_moment_without_torch(tmp_path):
+    began = time.monotonic()
+    done = start(sys.executable, str(PROGRAM), "decoding.gamma1=four", cwd=tmp_path)
+    assert done.returncode == 2 and time.monotonic() - began < 5
+    assert done.stderr == "tierforce: decoding.gamma1 is 'four'; it must be an integer, for example 2\n"
+    assert done.stdout == ""
+    check = "import sys, launch.run; assert not {'torch', 'transformers', 'tokenizers'} & set(sys.modules)"
+    assert start(sys.executable, "-c", check, cwd=PROGRAM.parents[1]).returncode == 0
+
+
+@pytest.mark.parametrize(("flags", "expected"), [(["--cfg", "job"], "gamma1: 2"), (["--help"], "llama2-7b-128k")])
+def test_the_flags_of_hydra_work(tmp_path, flags, expected):
+    done = start(sys.executable, str(PROGRAM), *flags, cwd=tmp_path)
+    assert done.returncode == 0 and expected in done.stdout
+
+
+def test_under_torchrun_our_message_comes_first_and_once(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    done = start(*torchrun, str(PROGRAM), "sampling.temperature=hot", cwd=tmp_path)
+    assert done.returncode != 0
+    ours = "tierforce: sampling.temperature is 'hot'; it must be a number, for example 0.6\n"
+    assert done.stderr.count(ours) == 1
+    assert "Traceback" not in done.stderr.partition(ours)[0]
