@@ -37,6 +37,8 @@ class Stage:
     span: int
     sequences: int
     tokens: int
+    distill: bool = False
+    """Learn the teacher's distribution instead of the next token alone."""
 
     @property
     def steps(self) -> int:
@@ -78,8 +80,14 @@ def learning_rate_scale(step: int, total_steps: int, decay_fraction: float) -> f
     return min((step + 1) / WARMUP_STEPS, 1.0, max(0.03, (total_steps - step) / decay_steps))
 
 
+def next_token_loss(logits, tokens, positions):
+    """A piece's last token does not predict the first of the next piece: the text between was left out."""
+    labels = tokens[:, 1:].masked_fill(positions[:, 1:] - positions[:, :-1] != 1, -100)
+    return cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
+
+
 class Trainer:
-    """One training run of one model; `teacher`, if given, is distilled instead of the next token alone."""
+    """One training run of one model; `teacher` is for the stages that distill."""
 
     def __init__(self, name: str, model, settings: DictConfig, maker, work: Path, teacher=None):
         self.name, self.model, self.maker, self.teacher = name, model, maker, teacher
@@ -111,7 +119,8 @@ class Trainer:
         tokens, positions = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*samples, strict=True))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = self.model(input_ids=tokens, position_ids=positions, use_cache=False).logits.float()
-        loss = self._loss(logits, tokens, positions)
+        criterion = self._distillation_loss if stage.distill else next_token_loss
+        loss = criterion(logits, tokens, positions)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         scale = learning_rate_scale(step, self.total_steps, self.settings.decay_fraction)
@@ -122,24 +131,21 @@ class Trainer:
             optimizer.zero_grad()
         self.losses.append(loss.item())
         if (step + 1) % 20 == 0:
-            record = {
-                "step": step + 1,
-                "of": self.total_steps,
-                "context": stage.context,
-                "loss": round(float(np.mean(self.losses[-20:])), 4),
-                "tokens_per_s": round(tokens.numel() / (time.monotonic() - began)),
-            }
-            print(self.name, record, flush=True)
-            self.log.write(json.dumps(record) + "\n")
-            self.log.flush()
+            self._report(step + 1, stage.context, tokens.numel() / (time.monotonic() - began))
 
-    def _loss(self, logits, tokens, positions):
-        vocab_size = logits.shape[-1]
-        if self.teacher is None:
-            # A piece's last token does not predict the first of the next piece: the text between was left out.
-            follows = (positions[:, 1:] - positions[:, :-1]) == 1
-            labels = tokens[:, 1:].masked_fill(~follows, -100)
-            return cross_entropy(logits[:, :-1].reshape(-1, vocab_size), labels.reshape(-1))
+    def _report(self, step: int, context: int, tokens_per_second: float) -> None:
+        record = {
+            "step": step,
+            "of": self.total_steps,
+            "context": context,
+            "loss": round(float(np.mean(self.losses[-20:])), 4),
+            "tokens_per_s": round(tokens_per_second),
+        }
+        print(self.name, record, flush=True)
+        self.log.write(json.dumps(record) + "\n")
+        self.log.flush()
+
+    def _distillation_loss(self, logits, tokens, positions):
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
             taught = self.teacher(input_ids=tokens, position_ids=positions, use_cache=False).logits.float()
         return -(taught.softmax(-1) * log_softmax(logits, -1)).sum(-1).mean()
