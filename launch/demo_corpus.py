@@ -7,6 +7,7 @@ spans that occurred far earlier and key-value facts that are asked for again lat
 """
 
 import sysconfig
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,8 +40,6 @@ def python_files(held_out_packages: list[str], max_package_bytes: int) -> list[P
 
 def hash_of(name: str) -> int:
     """A stable hash: which files of a big package are taken must not depend on PYTHONHASHSEED."""
-    import zlib
-
     return zlib.crc32(name.encode())
 
 

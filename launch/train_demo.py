@@ -108,7 +108,7 @@ class Trainer:
         for stage in self.stages:
             for step in range(max(first_step, self.step), first_step + stage.steps):
                 self._train_step(stage, step)
-                if (step + 1) % 100 == 0 or step + 1 == self.total_steps:
+                if (step + 1) % 20 == 0 or step + 1 == self.total_steps:
                     self._save(step + 1)
             first_step += stage.steps
 

@@ -24,7 +24,10 @@ class PinnedHostTier:
         """See tiers.base.Tier."""
         num_bytes = math.prod(size) * dtype.itemsize
         try:
-            tensor = self._pinned(num_bytes, dtype).view(size) if self.pin else torch.empty(size, dtype=dtype)
+            if self.pin and num_bytes:
+                tensor = self._pinned(num_bytes, dtype).view(size)
+            else:
+                tensor = torch.empty(size, dtype=dtype)
         except (RuntimeError, MemoryError) as error:
             gib = num_bytes / 2**30
             raise OutOfTierMemoryError(

@@ -5,7 +5,7 @@ Policy only: numbers in, a `MemoryPlan` or a `ConfigError` with need, have and t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from conf.schema import CacheConfig, ConfigError, FullCacheTier
 from tiers.base import CacheShape, padded
@@ -58,7 +58,7 @@ class MemoryPlan:
 
 
 def block_tokens_for(shape: CacheShape, cache: CacheConfig) -> int:
-    """Tokens of a host block: about 1 MiB, a power of two and a multiple of the chunk size unless configured."""
+    """Tokens of a host block: a power of two, at most 1 MiB, unless configured."""
     if cache.full.block_tokens != "auto":
         return int(cache.full.block_tokens)
     tokens = max(16, TARGET_BLOCK_BYTES // shape.bytes_per_token_and_layer)
@@ -75,11 +75,10 @@ def make_plan(inputs: PlanInput, cache: CacheConfig) -> MemoryPlan:
         plan = _plan_with(inputs, cache, plan.num_device_layers - 1)
     if not _fits(plan, inputs):
         raise ConfigError(_refusal(plan, inputs, cache))
-    on_device = plan.num_device_layers
-    plan.reason = f"full cache: {on_device} of {shape.num_layers} layers on the device" + (
-        f", {shape.num_layers - on_device} on the host in blocks of {plan.block_tokens} tokens"
-        * (on_device < shape.num_layers)
-    )
+    num_host_layers = shape.num_layers - plan.num_device_layers
+    plan.reason = f"full cache: {plan.num_device_layers} of {shape.num_layers} layers on the device"
+    if num_host_layers:
+        plan.reason += f", {num_host_layers} on the host in blocks of {plan.block_tokens} tokens"
     return plan
 
 
@@ -160,8 +159,6 @@ def _refusal(plan: MemoryPlan, inputs: PlanInput, cache: CacheConfig) -> str:
 
 def _largest_context(inputs: PlanInput, cache: CacheConfig, num_device_layers: int) -> int:
     """By bisection; 0 if not even one token fits."""
-    from dataclasses import replace
-
     may_move = cache.full.tier is FullCacheTier.auto and cache.full.device_layers == "auto"
     low, high = 0, inputs.max_tokens
     while low < high:

@@ -1,8 +1,8 @@
 """The real loop with the real random numbers, over many seeds: a chi-square test against the target's law.
 
 Enumeration (test_enumeration.py) takes decisions for independent; whether they are is up to how the random numbers
-are keyed, which only this test sees. Vocabulary 10; the target alone draws the first token, which is certain here (after
-token 0), so the cells are the first two tokens that come from drafts, replacements and bonuses. Three batches of seeds.
+are keyed, which only this test sees. Vocabulary 10; the target alone draws the first token, which is certain here, so
+the cells are the first two tokens that come from drafts, replacements and bonuses. Three batches of fixed seeds.
 """
 
 from __future__ import annotations
@@ -56,10 +56,11 @@ def setup_for(mode: Mode, sampling: SamplingConfig = EXACT, **changes) -> Setup:
 
 
 def redrafting_setup() -> Setup:
-    """Whether the first draft is kept depends much on the second one, whose place is then drafted again."""
-    target, uniform = torch.tensor([[0.25, 0.75]] * 2, dtype=torch.float64).log(), torch.zeros(2, 2).double()
+    """Here the first draft (0 or 1, after 2) is rejected if the second one is a 0, whose place is drafted again."""
+    target = torch.tensor([[0, 1, 0, 0], [0.5, 0.5, 0, 0], [0.25, 0.75, 0, 0], [0, 0, 1, 0]], dtype=torch.float64).log()
+    draft = torch.tensor([[0.5, 0.5, 0, 0]] * 4, dtype=torch.float64).log()
     return Setup(
-        target=target, retrieval=uniform, drafter=uniform, mode=Mode.streaming, gamma2=2, sampling=BLOCK, prompt=(0, 1)
+        target=target, retrieval=draft, drafter=draft, mode=Mode.streaming, gamma2=2, sampling=BLOCK, prompt=(0, 3)
     )
 
 
