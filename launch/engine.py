@@ -250,7 +250,6 @@ class _Builder:
             drafter=self._drafter(target.vocab_size) if config.uses_drafter else None,
             gamma1=config.decoding.gamma1,
             gamma2=config.decoding.gamma2,
-            exact_blocks=config.sampling.block_verification,
             rebuild_policy=RebuildPolicy(int(retrieval.rebuild) if retrieval.rebuild.isdigit() else retrieval.rebuild),
         )
         weights = prepared.target.num_weight_bytes + (prepared.drafter.num_weight_bytes if prepared.drafter else 0)

@@ -35,7 +35,8 @@ class RetrieverRole(Protocol):
 
     def prefill(self, prompt: list[int]) -> None: ...
     def extend(self, after: list[int], draft: Draft) -> InnerStep:
-        """Verifies `draft`, which follows the committed tokens and `after`; hands up what it keeps and one more."""
+        """Verifies `draft`, which follows the committed tokens and `after`; hands up what it keeps and one more token,
+        or nothing at all where it cannot."""
 
     def commit(self, tokens: list[int]) -> None: ...
     def refresh(self, update: Any) -> None:
@@ -82,8 +83,6 @@ class Hierarchy:
     drafter: DrafterRole | None = None
     gamma1: int = 0
     gamma2: int = 0
-    exact_blocks: bool = False
-    """Blocks have exactly γ2 tokens, which block verification needs (see workers/acceptance.py)."""
     rebuild_policy: RebuildPolicy = field(default_factory=lambda: RebuildPolicy("never"))
     num_rounds: int = 0
     _seconds: dict[str, float] = field(default_factory=dict)
@@ -110,8 +109,10 @@ class Hierarchy:
             draft = self._drafted(block.tokens, min(self.gamma1, self.session.remaining - 2 - len(block)))
             step = self._timed("retrieval", self.retriever.extend, block.tokens, draft)
             inner_steps.append((step.num_proposed, step.num_accepted))
+            if not len(step.draft):
+                break  # the level is out of order for now: the target goes on with what there is
             block.extend(step.draft)
-        return (block.cut(count) if self.exact_blocks else block), inner_steps
+        return block, inner_steps
 
     def _drafted(self, after: list[int], count: int) -> Draft:
         if self.drafter is None or count <= 0:

@@ -54,6 +54,7 @@ class MarkovModel:
 
     def __init__(self, *tables: torch.Tensor, num_symbols: int | None = None, tail_tokens: int = 1000):
         self.tables, self.num_symbols = tables, num_symbols or tables[0].shape[1]
+        self.vocab_size = tables[0].shape[1]
         self.order = 1
         while self.num_symbols**self.order < tables[0].shape[0]:
             self.order += 1
@@ -126,7 +127,6 @@ class Setup:
     max_new_tokens: int = 12
     rebuild: int | str = "never"
     tail_tokens: int = 1000
-    exact_blocks: bool | None = None
     """None: where block verification needs it."""
     make: Callable[..., MaximalCoupling | GumbelCoupling] = make_coupling
     """Makes each level's coupling."""
@@ -144,7 +144,6 @@ class Setup:
         """The real roles and the real loop."""
         uses_retrieval = self.mode in (Mode.triforce, Mode.retrieval)
         uses_drafter = self.mode in (Mode.triforce, Mode.streaming)
-        blocks = self.sampling.block_verification if self.exact_blocks is None else self.exact_blocks
         return Hierarchy(
             session=Session(prompt=list(self.prompt), max_new_tokens=self.max_new_tokens, text_stream=no_text()),
             verifier=TargetVerifier(
@@ -154,7 +153,6 @@ class Setup:
             drafter=self._drafter(random) if uses_drafter else None,
             gamma1=self.gamma1,
             gamma2=0 if self.mode is Mode.autoregressive else self.gamma2,
-            exact_blocks=blocks,
             rebuild_policy=RebuildPolicy(self.rebuild),
         )
 

@@ -7,7 +7,7 @@ A level is lossless if each token it hands up has, given its prefix, exactly the
     maximal    Leviathan et al. 2211.17192, Chen et al. 2302.01318: accept x with min(1, target/draft), else draw from
                the normalised residual max(target - draft, 0). Highest acceptance for a single draft.
     block      Sun et al. 2403.10444: the same, judging the block as a whole; never accepts less. Its verdict on a token
-               depends on later ones, so the block's length must not depend on the tokens' values.
+               depends on later ones, so a token must not be cut off the block because of its own value.
     gumbel     Daliri, Musco, Suresh 2408.07978: every level takes the winner of one race, argmax(log p + Gumbel noise),
                whose noise depends on (seed, position) alone. A draft is accepted if it is the target's own winner, so
                the tokens do not depend on the drafts at all.
@@ -130,17 +130,24 @@ class KeyedRandom:
         return self._noise[key]
 
 
+def readable_draft(draft: Draft, vocab_size: int) -> Draft:
+    """`draft` up to its first id outside the vocabulary, which no model may read."""
+    unknown = [index for index, token in enumerate(draft.tokens) if not 0 <= token < vocab_size]
+    return draft.cut(unknown[0]) if unknown else draft
+
+
 def usable_draft(draft: Draft, vocab_size: int) -> Draft:
     """`draft` up to its first unusable token: an id outside the vocabulary, or a distribution that is none."""
-    for index, token in enumerate(draft.tokens):
-        if not 0 <= token < vocab_size:
+    draft = readable_draft(draft, vocab_size)
+    for index, (probs, token) in enumerate(zip(draft.probs or (), draft.tokens, strict=False)):
+        if not _is_distribution_with(probs, token):
             return draft.cut(index)
-        if draft.probs is not None:
-            probs = draft.probs[index]
-            total, own = float(probs.sum()), float(probs[token])
-            if not (abs(total - 1) <= SUM_TOLERANCE and own > 0):
-                return draft.cut(index)
     return draft
+
+
+def _is_distribution_with(probs: torch.Tensor, token: int) -> bool:
+    """Whether `probs` [V] sums to one and can have given `token`."""
+    return token < len(probs) and abs(float(probs.sum()) - 1) <= SUM_TOLERANCE and float(probs[token]) > 0
 
 
 class MaximalCoupling:
@@ -159,7 +166,7 @@ class MaximalCoupling:
         return self._random.choose(probs, position, self._offset + CHOOSE), probs
 
     def verify(self, draft: Draft, logits: torch.Tensor, position: int) -> tuple[Verdict, list[torch.Tensor]]:
-        """Judges `draft`, whose first token is for `position`, by logits [n + 1, V].
+        """Judges `draft` as far as it is usable, whose first token is for `position`, by logits [n + 1, V].
 
         Returns the verdict and the distributions [V] of the tokens handed up: num_accepted + 1 of them.
         """

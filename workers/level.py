@@ -11,6 +11,7 @@ class CachedModel(Protocol):
     """A language model with its cache: it holds the first `length` tokens of a sequence."""
 
     length: int
+    vocab_size: int
 
     def prefill(self, tokens: list[int]) -> None:
         """Empties the cache and reads `tokens`."""

@@ -49,7 +49,7 @@ class TargetModel:
     def __init__(
         self, model: CausalModel, cache: FullCache, *, piece_tokens: int, selection: RetrievalSelection | None
     ):
-        self._model, self._cache = model, cache
+        self._model, self._cache, self.vocab_size = model, cache, model.vocab_size
         self._piece_tokens, self._selection = piece_tokens, selection
         self.queries: dict[int, torch.Tensor] = {}
         """Of the last `append`, per layer [H, G, T, D], from position `queries_start` on."""
@@ -98,7 +98,7 @@ class RetrievalModel:
     """Level 2: the target's weights on the retrieval cache; see workers.level.CachedModel."""
 
     def __init__(self, model: CausalModel, cache: RetrievalCache):
-        self._model, self._cache = model, cache
+        self._model, self._cache, self.vocab_size = model, cache, model.vocab_size
 
     @property
     def length(self) -> int:
@@ -123,7 +123,7 @@ class StreamingModel:
     """Level 1: the drafter on its StreamingLLM cache; see workers.level.CachedModel."""
 
     def __init__(self, model: CausalModel, cache: StreamingLLMCache):
-        self._model, self._cache = model, cache
+        self._model, self._cache, self.vocab_size = model, cache, model.vocab_size
         self._tokens: list[int] = []
 
     @property
@@ -134,6 +134,8 @@ class StreamingModel:
     def prefill(self, tokens: list[int]) -> None:
         self._cache.reset()
         self._tokens = []
+        # Positions are slots, so whatever the sequence's length, these are all there will be.
+        self._model.start_sequence(self._cache.capacity)
         if tokens:
             self.append(tokens, 1)
 
@@ -145,7 +147,9 @@ class StreamingModel:
             cache.reset()
             cache.window_start = start
             tokens = self._tokens[: cache.sinks] + self._tokens[max(start, cache.sinks) :]
-        return self._model.forward(tokens, cache, num_logits)
+        # The target's vocabulary may be padded to more ids: any other token will do for these, in a draft.
+        known = [min(token, self._model.vocab_size - 1) for token in tokens]
+        return self._model.forward(known, cache, num_logits)
 
     def truncate(self, length: int) -> None:
         """A roll back to before the window's start empties the cache: the next `append` reads again what it needs."""

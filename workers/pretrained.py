@@ -26,6 +26,7 @@ from workers.model import CausalModel
 # Attention that our function would compute silently wrong, or that is none.
 REFUSED_MODEL_TYPES = ("llama4", "llama4_text", "gemma3n", "gemma3n_text")
 SUPPORTED_LAYER_TYPES = ("full_attention", "sliding_attention")
+SUPPORTED = "a decoder with full or sliding-window attention, such as Llama, Qwen, Mistral, Gemma 3, Phi or OLMo"
 SELF_CHECK_TOKENS = 24
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
@@ -58,20 +59,13 @@ def describe(key: str, name: str, dtype: torch.dtype) -> ModelFacts:
     if Path(source).is_dir():
         _check_weight_files(key, Path(source))
     tokenizer = _load(key, name, AutoTokenizer, source)
-    heads = text_config.num_attention_heads
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     return ModelFacts(
         key=key,
         source=source,
         config=config,
         tokenizer=tokenizer,
         dtype=dtype,
-        cache_shape=CacheShape(
-            num_layers=text_config.num_hidden_layers,
-            num_kv_heads=getattr(text_config, "num_key_value_heads", None) or heads,
-            head_dim=head_dim,
-            dtype=dtype,
-        ),
+        cache_shape=_cache_shape(key, name, text_config, dtype),
         windows=_windows(text_config),
         max_positions=_max_positions(text_config),
         eos_ids=_eos_ids(source, config),
@@ -89,13 +83,22 @@ def _load(key: str, name: str, auto_class, source: str):
 
 
 def _refuse_unsupported(key: str, name: str, config) -> None:
-    known = "a decoder with full or sliding-window attention, such as Llama, Qwen, Mistral, Gemma, Phi or OLMo"
     odd_layers = sorted(set(getattr(config, "layer_types", None) or []) - set(SUPPORTED_LAYER_TYPES))
     if config.model_type in REFUSED_MODEL_TYPES or odd_layers:
         what = f"layers of type {', '.join(odd_layers)}" if odd_layers else f"model type {config.model_type}"
-        raise ConfigError(f"{key} is {name!r} with {what}, which cannot be served exactly; it must be {known}")
+        raise ConfigError(f"{key} is {name!r} with {what}, which cannot be served exactly; it must be {SUPPORTED}")
     if not getattr(config, "num_attention_heads", None):
-        raise ConfigError(f"{key} is {name!r} of model type {config.model_type}; it must be {known}")
+        raise ConfigError(f"{key} is {name!r} of model type {config.model_type}; it must be {SUPPORTED}")
+
+
+def _cache_shape(key: str, name: str, config, dtype: torch.dtype) -> CacheShape:
+    heads = config.num_attention_heads
+    try:
+        num_kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    except RuntimeError as error:  # transformers raises it where an attribute differs from layer to layer
+        raise ConfigError(f"{key} is {name!r}, whose layers differ in their heads; it must be {SUPPORTED}") from error
+    return CacheShape(num_layers=config.num_hidden_layers, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype)
 
 
 WEIGHT_FILES = (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
@@ -106,7 +109,10 @@ def _check_weight_files(key: str, folder: Path) -> None:
     first = next((name for name in WEIGHT_FILES if (folder / name).is_file()), SAFE_WEIGHTS_NAME)
     names = [first]
     if first.endswith(".index.json"):
-        names = sorted(set(json.loads((folder / first).read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads((folder / first).read_text())["weight_map"].values()))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{key}: {folder / first} is damaged ({error!r}); download it again") from error
     for path in (folder / name for name in names):
         if not path.is_file():
             raise ConfigError(f"{key}: {path} is missing; download the model again, as safetensors")
@@ -173,14 +179,25 @@ def check_same_vocabulary(target: ModelFacts, drafter: ModelFacts) -> None:
 def load_model(facts: ModelFacts, device: torch.device, *, self_check: bool) -> CausalModel:
     """Reads the weights onto `device`. Raises ConfigError where our attention differs from transformers' own."""
     transformers.utils.logging.disable_progress_bar()
-    hf_model = AutoModelForCausalLM.from_pretrained(
-        facts.source,
-        config=facts.config,
-        dtype=facts.dtype,
-        device_map={"": device},
-        attn_implementation="eager",
-        trust_remote_code=False,
-    )
+    try:
+        hf_model, loaded = AutoModelForCausalLM.from_pretrained(
+            facts.source,
+            config=facts.config,
+            dtype=facts.dtype,
+            device_map={"": device},
+            attn_implementation="eager",
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{facts.key} is {facts.source!r}, whose weights cannot be read: {reason}") from error
+    if loaded["missing_keys"]:  # transformers would leave them random
+        count, example = len(loaded["missing_keys"]), min(loaded["missing_keys"])
+        raise ConfigError(
+            f"{facts.key} is {facts.source!r}, whose files lack {count} of its weights, {example} among them; "
+            f"download the model again"
+        )
     tokens = torch.randint(0, facts.config.get_text_config().vocab_size, (SELF_CHECK_TOKENS,), generator=_fixed())
     with torch.inference_mode():
         wanted = hf_model(input_ids=tokens[None].to(device), use_cache=False).logits[0] if self_check else None
@@ -204,7 +221,7 @@ def _self_check(facts: ModelFacts, model: CausalModel, tokens: list[int], wanted
     try:
         got = torch.cat([model.forward(part, cache, half) for part in (tokens[:half], tokens[half:])])
         error = float((got.float() - wanted.float()).abs().max() / wanted.float().abs().max())
-    except (RuntimeError, TypeError, AttributeError, LookupError) as failure:
+    except Exception as failure:  # whatever it is: this model calls attention in a way that ours does not know
         error, reason = float("inf"), f": {failure}"
     else:
         reason = ""

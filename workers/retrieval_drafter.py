@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
+from workers.acceptance import NotFiniteError, readable_draft
 from workers.level import CachedModel, Level
 from workers.messages import RETRIEVAL, Draft, InnerStep
+
+logger = logging.getLogger(__name__)
 
 
 class RetrievalDrafter(Level):
@@ -12,6 +17,7 @@ class RetrievalDrafter(Level):
     def __init__(self, model: CachedModel, coupling):
         super().__init__(model)
         self._coupling = coupling
+        self.num_failures = 0
 
     def prefill(self, prompt: list[int]) -> None:
         """Reads nothing: its cache comes from the verifier, with the first `refresh`."""
@@ -19,19 +25,27 @@ class RetrievalDrafter(Level):
         self._held, self._num_agreed = [], 0
 
     def extend(self, after: list[int], draft: Draft) -> InnerStep:
-        """See orchestrator.hierarchy.RetrieverRole."""
+        """See orchestrator.hierarchy.RetrieverRole. A broken row of logits hands up nothing: it costs speed only."""
         self._coupling.start_round(self.num_commits)
+        num_proposed, draft = len(draft), readable_draft(draft, self.model.vocab_size)
         logits = self.logits_after(after, draft.tokens)
-        verdict, probs = self._coupling.verify(draft, logits, len(self.committed) + len(after))
+        try:
+            verdict, probs = self._coupling.verify(draft, logits, len(self.committed) + len(after))
+        except NotFiniteError:
+            self.num_failures += 1
+            logger.warning("the retrieval draft's logits are not finite; going on without this draft")
+            return InnerStep(draft=Draft(), num_proposed=num_proposed, num_accepted=0)
         kept = draft.cut(verdict.num_accepted)
         handed_up = Draft(tokens=[*kept.tokens, verdict.next_token], origins=[*kept.origins, RETRIEVAL], probs=probs)
-        return InnerStep(draft=handed_up, num_proposed=len(draft), num_accepted=verdict.num_accepted)
+        return InnerStep(draft=handed_up, num_proposed=num_proposed, num_accepted=verdict.num_accepted)
 
     def refresh(self, update) -> None:
         """See orchestrator.hierarchy.RetrieverRole; the cache then holds what the verifier's does, or follows it."""
         self.model.load(update)
-        self._held[self._num_agreed :] = self.committed[self._num_agreed : self.model.length]
-        self._num_agreed = self.model.length
+        length = self.model.length
+        self._held[self._num_agreed :] = self.committed[self._num_agreed : length]
+        del self._held[length:]
+        self._num_agreed = length
 
     def needs_rebuild(self) -> bool:
         return self.model.is_full

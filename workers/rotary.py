@@ -10,39 +10,53 @@ from __future__ import annotations
 import torch
 
 LENGTH_DEPENDENT_TYPES = ("dynamic", "longrope")
+POSITIONS_AHEAD = 64
+"""Computed at once where a table grows, so that it is not copied for each token."""
 
 
 class RotaryTable(torch.nn.Module):
-    """Stands for a model's rotary embedding: cos and sin [1, T, D] by position, from a table that grows on demand."""
+    """Stands for a model's rotary embedding: cos and sin [1, T, D] by position, from tables that grow on demand.
+
+    Some models rotate differently by the type of the layer: there is a table for each type, and one for none.
+    """
 
     def __init__(self, rotary: torch.nn.Module):
         super().__init__()
         self.rotary = rotary
-        self._rows: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._rows: dict[str | None, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._num_prompt_tokens = 1
 
     def read_prompt(self, num_tokens: int) -> None:
         """A new sequence: its first `num_tokens` positions are computed in one pass."""
-        self._rows, self._num_prompt_tokens = [], num_tokens
+        self._rows, self._num_prompt_tokens = {}, num_tokens
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor):
-        num_known = sum(cos.shape[1] for cos, _ in self._rows)
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None):
         last = int(position_ids.max())
-        while num_known <= last:
-            count = self._num_prompt_tokens if not self._rows else 1
-            positions = torch.arange(num_known, num_known + count, device=position_ids.device)[None]
-            self._rows.append(self.rotary(x, positions))
-            num_known += count
-        if len(self._rows) > 1:
-            self._rows = [tuple(torch.cat(parts, dim=1) for parts in zip(*self._rows, strict=True))]
-        cos, sin = self._rows[0]
-        return cos[:, position_ids[0]], sin[:, position_ids[0]]
+        known = self._rows.get(layer_type)
+        if known is None:
+            # Dynamic NTK remembers the longest sequence until it meets a short one.
+            self._rotate(x, 0, 1, layer_type)
+            known = self._rotate(x, 0, self._num_prompt_tokens, layer_type)
+        num_known = known[0].shape[1]
+        if num_known <= last:
+            end = last + 1 + POSITIONS_AHEAD
+            new = [self._rotate(x, position, 1, layer_type) for position in range(num_known, end)]
+            known = tuple(torch.cat(parts, dim=1) for parts in zip(known, *new, strict=True))
+        self._rows[layer_type] = known
+        return known[0][:, position_ids[0]], known[1][:, position_ids[0]]
+
+    def _rotate(self, x: torch.Tensor, first: int, count: int, layer_type: str | None):
+        """cos and sin as the model computes them in a pass over these positions."""
+        positions = torch.arange(first, first + count, device=x.device)[None]
+        return self.rotary(x, positions) if layer_type is None else self.rotary(x, positions, layer_type)
 
 
 def make_length_independent(model) -> RotaryTable | None:
     """Replaces the rotary embedding of a transformers model where it depends on the length; returns the table."""
-    config = model.config.get_text_config()
-    parameters = getattr(config, "rope_parameters", None) or {}
-    if parameters.get("rope_type") not in LENGTH_DEPENDENT_TYPES:
+    parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    # One set of parameters, or one for each type of layer.
+    sets = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    if not any(one.get("rope_type") in LENGTH_DEPENDENT_TYPES for one in sets):
         return None
     base = model.base_model
     base.rotary_emb = RotaryTable(base.rotary_emb)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from workers.acceptance import readable_draft
 from workers.level import CachedModel, Level
 from workers.messages import Draft, Verdict
 
@@ -16,6 +17,7 @@ class TargetVerifier(Level):
     def verify(self, draft: Draft) -> Verdict:
         """Judges `draft`, which follows the committed tokens. Raises NotFiniteError if the target's logits are not."""
         self._coupling.start_round(self.num_commits)
+        draft = readable_draft(draft, self.model.vocab_size)
         logits = self.logits_after([], draft.tokens)
         verdict, _ = self._coupling.verify(draft, logits, len(self.committed))
         return verdict

@@ -231,7 +231,7 @@ class NoRandom:
 
 @pytest.mark.parametrize(("gamma1", "gamma2"), [(2, 2), (2, 1), (1, 2)])
 def test_block_verification_is_exact_for_blocks_that_end_where_an_inner_step_ends(gamma1, gamma2):
-    setup = make_setup(2, gamma1=gamma1, gamma2=gamma2, sampling=BLOCK["block"], exact_blocks=False)
+    setup = make_setup(2, gamma1=gamma1, gamma2=gamma2, sampling=BLOCK["block"])
     assert_exact(setup, 3)
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -31,6 +31,8 @@ from workers.acceptance import (
 from workers.messages import DRAFTER, Draft
 from workers.retrieval_drafter import RetrievalDrafter
 from workers.target_verifier import TargetVerifier
+
+REPEATABLE = settings(derandomize=True, deadline=None)
 
 VOCAB_SIZES = [100, 8193, 32000, 128256, 151936]
 ALMOST_ONE = 1 - 2**-53
@@ -103,14 +105,15 @@ def test_at_temperature_zero_the_distribution_is_one_hot_and_at_1e_6_too(tempera
     assert torch.equal(probs, torch.nn.functional.one_hot(logits.argmax(-1), 50).double())
 
 
+@REPEATABLE
 @given(
-    logits=st.lists(st.floats(-30, 30), min_size=2, max_size=12, unique=True),
+    logits=st.lists(st.integers(-240, 240), min_size=2, max_size=12, unique=True),
     temperature=st.sampled_from([0.3, 1.0, 2.0]),
     top_k=st.integers(0, 14),
     top_p=st.floats(0.05, 1.0),
 )
 def test_top_k_keeps_the_k_best_and_top_p_the_fewest_that_reach_it(logits, temperature, top_k, top_p):
-    values = torch.tensor([logits], dtype=torch.float64)
+    values = torch.tensor([logits], dtype=torch.float64) / 8
     probs = distribution(values, SamplingConfig(temperature=temperature, top_p=top_p, top_k=top_k))[0]
     assert float(probs.sum()) == pytest.approx(1, abs=1e-12)
     full = torch.softmax(values[0] / temperature, -1)
@@ -121,7 +124,6 @@ def test_top_k_keeps_the_k_best_and_top_p_the_fewest_that_reach_it(logits, tempe
     assert set(probs.nonzero()[:, 0].tolist()) == set(order[:num_kept].tolist())
     assert num_kept <= num_ranked
     assert float(ranked[: num_kept - 1].sum()) < top_p + 1e-12
-    # What is below the smallest float has probability 0 in any case.
     assert float(ranked[:num_kept].sum()) >= top_p - 1e-12
 
 
@@ -239,6 +241,7 @@ def test_a_race_of_few_tokens_is_the_same_noise_that_a_race_of_all_has():
         assert random.race(fewer, position) == winner
 
 
+@REPEATABLE
 @given(
     weights=st.lists(st.sampled_from([0.0, 0.0, 1e-30, 1e-7, 0.1, 0.5, 1.0]), min_size=1, max_size=20).filter(any),
     value=st.one_of(st.sampled_from([0.0, 2**-53, 0.5, ALMOST_ONE]), st.floats(0, ALMOST_ONE)),
@@ -479,7 +482,6 @@ def roles(model: MarkovModel):
     yield lambda draft: retriever.extend([], draft).num_accepted
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="the model reads a draft before its ids are checked")
 @pytest.mark.parametrize("broken_token", [3, -1])
 @pytest.mark.parametrize("role", [0, 1], ids=["target", "retrieval"])
 def test_a_level_never_lets_its_model_read_an_id_outside_the_vocabulary(role, broken_token):
@@ -488,7 +490,6 @@ def test_a_level_never_lets_its_model_read_an_id_outside_the_vocabulary(role, br
     assert judge(draft_of([broken_token, 0], uniform_rows(2, 3))) == 0
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="the distribution is indexed by an id it has no place for")
 def test_a_draft_ends_before_an_id_that_its_own_distribution_lacks():
     assert usable_draft(draft_of([1, 9], uniform_rows(2, 8)), 10).tokens == [1]
 
@@ -529,20 +530,26 @@ def test_equal_races_agree_as_often_as_the_bound_promises():
 
 def test_couplings_follow_the_configuration():
     random = KeyedRandom(0)
-    block = SamplingConfig(temperature=1, block_verification=True)
     assert isinstance(make_coupling(SamplingConfig(temperature=0), random, 1, is_last=False), GumbelCoupling)
     assert isinstance(make_coupling(GUMBEL, random, 1, is_last=False), GumbelCoupling)
     assert isinstance(make_coupling(EXACT, random, 2, is_last=False), MaximalCoupling)
-    logits = random_table(4, 8, 28)
-    draft = drafted_by(random_table(3, 8, 29), random, EXACT)
-    by_level = {
-        is_last: [
-            make_coupling(block, KeyedRandom(seed), 3, is_last=is_last).verify(draft, logits, 0)[0]
-            for seed in range(60)
-        ]
-        for is_last in (False, True)
-    }
-    assert by_level[False] != by_level[True]
+
+
+def test_only_the_last_level_judges_blocks_as_a_whole():
+    sampling = SamplingConfig(temperature=1, top_p=1, block_verification=True)
+    logits, draft_logits = random_table(4, 8, 16), random_table(3, 8, 17)
+    verdicts: dict[str, list] = {name: [] for name in ("inner", "last", "token", "block")}
+    for seed in range(60):
+        random = KeyedRandom(seed)
+        draft = drafted_by(draft_logits, random, sampling)
+        for name, coupling in {
+            "inner": make_coupling(sampling, random, 3, is_last=False),
+            "last": make_coupling(sampling, random, 3, is_last=True),
+            "token": target_coupling(sampling, random),
+            "block": target_coupling(sampling, random, block=True),
+        }.items():
+            verdicts[name].append(coupling.verify(draft, logits, POSITION)[0])
+    assert verdicts["inner"] == verdicts["token"] != verdicts["block"] == verdicts["last"]
 
 
 def test_races_are_keyed_apart_from_all_other_numbers():

@@ -1,0 +1,319 @@
+"""The memory plan fits, fills the device, refuses with numbers that are true, and is what the engine then takes."""
+
+from __future__ import annotations
+
+import re
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from conf.schema import (
+    CacheConfig,
+    ConfigError,
+    DecodingConfig,
+    Dtype,
+    FullCacheConfig,
+    FullCacheTier,
+    Mode,
+    ModelConfig,
+    PlacementConfig,
+    RetrievalCacheConfig,
+    RunConfig,
+    StreamingCacheConfig,
+)
+from launch.engine import build, prepare
+from tests.tiny_models import random_prompt, save_checkpoint, tiny_config
+from tiers.base import CacheShape
+from tiers.plan import RESERVE_SHARE, MemoryPlan, PlanInput, block_tokens_for, make_plan
+
+REPEATABLE = settings(derandomize=True, deadline=None, max_examples=60)
+GIB, MIB = 2**30, 2**20
+SHAPE = CacheShape(num_layers=8, num_kv_heads=4, head_dim=64, dtype=torch.bfloat16)
+PLENTY = 1 << 50
+
+INPUTS = PlanInput(
+    target_shape=SHAPE,
+    target_weight_bytes=100 * MIB,
+    max_tokens=20_000,
+    slack_tokens=12,
+    retrieval_slots=1300,
+    drafter_shape=CacheShape(num_layers=2, num_kv_heads=2, head_dim=64, dtype=torch.bfloat16),
+    drafter_weight_bytes=10 * MIB,
+    drafter_slots=576,
+    activation_bytes=8 * MIB,
+    device_free_bytes=PLENTY,
+    host_free_bytes=PLENTY,
+    device_is_host=False,
+)
+
+
+def cache_config(**changes) -> CacheConfig:
+    return CacheConfig(full=FullCacheConfig(**changes))
+
+
+def free_bytes_for(need: int) -> int:
+    """The least free memory of which `need` bytes may be used."""
+    free = int(need / (1 - RESERVE_SHARE))
+    while int(free * (1 - RESERVE_SHARE)) < need:
+        free += 1
+    return free
+
+
+def plan_of(num_device_layers: int, inputs: PlanInput = INPUTS) -> MemoryPlan:
+    """With so many layers on the device, whatever memory there is."""
+    plenty = replace(inputs, device_free_bytes=PLENTY, host_free_bytes=PLENTY, device_is_host=False)
+    return make_plan(plenty, cache_config(tier=FullCacheTier.host, device_layers=str(num_device_layers)))
+
+
+@pytest.mark.parametrize("num_device_layers", range(SHAPE.num_layers + 1))
+def test_auto_places_as_many_layers_on_the_device_as_fit(num_device_layers):
+    need = plan_of(num_device_layers).totals["device"]
+    inputs = replace(INPUTS, device_free_bytes=free_bytes_for(need))
+    assert make_plan(inputs, cache_config()).num_device_layers == num_device_layers
+    fewer = replace(inputs, device_free_bytes=free_bytes_for(need) - 2)
+    if num_device_layers:
+        assert make_plan(fewer, cache_config()).num_device_layers == num_device_layers - 1
+    else:
+        with pytest.raises(ConfigError):
+            make_plan(fewer, cache_config())
+
+
+@REPEATABLE
+@given(
+    max_tokens=st.integers(1, 60_000),
+    device_free=st.integers(0, 2 * GIB),
+    host_free=st.integers(0, 2 * GIB),
+    device_is_host=st.booleans(),
+    tier=st.sampled_from(FullCacheTier),
+    device_layers=st.sampled_from(["auto", "0", "3", "8"]),
+)
+def test_a_plan_fits_and_a_refusal_is_true(max_tokens, device_free, host_free, device_is_host, tier, device_layers):
+    inputs = replace(
+        INPUTS,
+        max_tokens=max_tokens,
+        device_free_bytes=device_free,
+        host_free_bytes=host_free,
+        device_is_host=device_is_host,
+    )
+    config = cache_config(tier=tier, device_layers=device_layers)
+    device, host = (int(free * (1 - RESERVE_SHARE)) for free in (device_free, host_free))
+    try:
+        plan = make_plan(inputs, config)
+    except ConfigError as error:
+        is_free = tier is FullCacheTier.auto and device_layers == "auto"
+        if tier is FullCacheTier.device:
+            choices = [SHAPE.num_layers]
+        elif is_free:
+            choices = range(SHAPE.num_layers + 1)
+        elif device_layers == "auto":
+            choices = [0]
+        else:
+            choices = [int(device_layers)]
+        for num_device_layers in choices:
+            need = plan_of(num_device_layers, inputs).totals
+            both = need["device"] + need["host"] > host and device_is_host
+            assert need["device"] > device or need["host"] > host or both, f"fits, but: {error}"
+    else:
+        assert plan.totals["device"] <= device and plan.totals["host"] <= host
+        assert not device_is_host or sum(plan.totals.values()) <= host
+
+
+REFUSAL = re.compile(
+    r"a context of (\d+) tokens needs ([\d.]+) GiB on the device \(there are ([\d.]+)\) and ([\d.]+) GiB on the host "
+    r"\(there are ([\d.]+)\)"
+)
+
+
+def refusal(inputs: PlanInput, config: CacheConfig) -> str:
+    with pytest.raises(ConfigError) as caught:
+        make_plan(inputs, config)
+    return str(caught.value)
+
+
+@REPEATABLE
+@given(
+    max_tokens=st.integers(1000, 100_000),
+    device_free=st.integers(160 * MIB, GIB),
+    host_free=st.integers(0, GIB),
+    device_is_host=st.booleans(),
+    tier=st.sampled_from(FullCacheTier),
+    block_tokens=st.sampled_from(["auto", "16", "100"]),
+)
+def test_refusal_names_need_and_have_and_the_largest_context_that_fits(
+    max_tokens, device_free, host_free, device_is_host, tier, block_tokens
+):
+    inputs = replace(
+        INPUTS,
+        max_tokens=max_tokens,
+        device_free_bytes=device_free,
+        host_free_bytes=host_free,
+        device_is_host=device_is_host,
+    )
+    config = cache_config(tier=tier, block_tokens=block_tokens)
+    try:
+        make_plan(inputs, config)
+    except ConfigError as error:
+        message = str(error)
+    else:
+        assume(False)
+    context, need_device, have_device, need_host, have_host = map(float, REFUSAL.match(message).groups())
+    assert context == max_tokens
+    assert have_device == pytest.approx(device_free * (1 - RESERVE_SHARE) / GIB, abs=0.006)
+    assert have_host == pytest.approx(host_free * (1 - RESERVE_SHARE) / GIB, abs=0.006)
+    worst_device, worst_host = need_device - have_device, need_host - have_host
+    both = need_device + need_host - have_host if device_is_host else -1
+    assert max(worst_device, worst_host, both) > -0.021, "the numbers do not show why it is refused"
+
+    found = re.search(r"With these settings (\d+) tokens of context fit", message)
+    if found is None:
+        with pytest.raises(ConfigError):
+            make_plan(replace(inputs, max_tokens=1), config)
+        return
+    assert "prompt.max_tokens" in message and "generation.max_new_tokens" in message
+    largest = int(found[1])
+    assert 0 < largest < max_tokens
+    make_plan(replace(inputs, max_tokens=largest), config)
+    with pytest.raises(ConfigError):
+        make_plan(replace(inputs, max_tokens=largest + 1), config)
+    with pytest.raises(ConfigError):
+        make_plan(replace(inputs, max_tokens=largest + block_tokens_for(SHAPE, config)), config)
+
+
+def test_refusal_of_a_fixed_tier_names_the_knob_that_would_let_layers_move():
+    small = replace(INPUTS, device_free_bytes=200 * MIB)
+    assert "cache.full.tier=auto" in refusal(small, cache_config(tier=FullCacheTier.device))
+    assert "cache.full.tier=auto" in refusal(replace(INPUTS, host_free_bytes=MIB), cache_config(tier="host"))
+    without_host = replace(small, host_free_bytes=MIB)
+    assert "cache.full.tier=auto" not in refusal(without_host, cache_config())
+
+
+def test_refusal_of_a_fixed_number_of_layers_names_the_knob_that_would_let_them_move():
+    message = refusal(replace(INPUTS, device_free_bytes=200 * MIB), cache_config(device_layers="8"))
+    assert "cache.full.device_layers=auto" in message
+
+
+def test_refusal_where_even_the_weights_do_not_fit_names_a_smaller_model():
+    message = refusal(replace(INPUTS, device_free_bytes=50 * MIB), cache_config())
+    assert "smaller model" in message and "model.dtype" in message
+
+
+@pytest.mark.parametrize("device_layers", ["9", "100"])
+def test_more_device_layers_than_the_model_has_are_refused(device_layers):
+    message = refusal(INPUTS, cache_config(device_layers=device_layers))
+    assert message == f"cache.full.device_layers is {device_layers}; it must be at most the target's 8 layers, or auto"
+
+
+@pytest.mark.parametrize(
+    ("tier", "device_layers", "wanted"),
+    [
+        (FullCacheTier.auto, "auto", 8),
+        (FullCacheTier.device, "auto", 8),
+        (FullCacheTier.host, "auto", 0),
+        (FullCacheTier.host, "3", 3),
+        (FullCacheTier.auto, "0", 0),
+        (FullCacheTier.auto, "5", 5),
+    ],
+)
+def test_layers_go_where_the_configuration_says(tier, device_layers, wanted):
+    plan = make_plan(INPUTS, cache_config(tier=tier, device_layers=device_layers))
+    assert plan.num_device_layers == wanted
+    assert f"{wanted} of 8 layers on the device" in plan.reason
+    assert ("on the host" in plan.reason) == (wanted < 8)
+
+
+def test_a_cpu_does_not_count_its_memory_twice():
+    need = plan_of(8).totals["device"]
+    free = free_bytes_for(need)
+    inputs = replace(INPUTS, device_free_bytes=free, host_free_bytes=free, device_is_host=True)
+    assert make_plan(inputs, cache_config()).num_device_layers == 8
+    short = replace(inputs, device_free_bytes=free * 9 // 10, host_free_bytes=free * 9 // 10)
+    with pytest.raises(ConfigError):  # moving layers from one half of the same memory to the other gives nothing
+        make_plan(short, cache_config())
+
+
+@pytest.mark.parametrize("bytes_per_token", [2**10, 3000, 2**14, 2**17, 2**22])
+def test_blocks_are_a_power_of_two_of_at_most_a_mebibyte_and_at_least_16_tokens(bytes_per_token):
+    shape = CacheShape(num_layers=1, num_kv_heads=1, head_dim=bytes_per_token // 4, dtype=torch.bfloat16)
+    tokens = block_tokens_for(shape, cache_config())
+    assert tokens.bit_count() == 1
+    assert tokens == 16 or MIB // 2 < tokens * shape.bytes_per_token_and_layer <= MIB
+    assert block_tokens_for(shape, cache_config(block_tokens="37")) == 37
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Checkpoints of three families."""
+    root = tmp_path_factory.mktemp("models")
+    return {
+        name: save_checkpoint(root / name, tiny_config(name, max_position_embeddings=4096))
+        for name in ("llama", "qwen2", "gemma2")
+    }
+
+
+def run_config(folders, *, target="llama", drafter="llama", mode=Mode.triforce, retrieval=None, **full) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(
+            target=str(folders[target]),
+            drafter=drafter if drafter in ("lookup", "none") else str(folders[drafter]),
+            dtype=Dtype.float32,
+            self_check=False,
+        ),
+        decoding=DecodingConfig(mode=mode),
+        cache=CacheConfig(
+            full=FullCacheConfig(**full),
+            retrieval=RetrievalCacheConfig(**({"budget": 128} | (retrieval or {}))),
+            streaming=StreamingCacheConfig(sinks=2, window=100),
+        ),
+        placement=PlacementConfig(device="cpu"),
+    )
+
+
+CONFIGURATIONS = {
+    "device": {"tier": "device"},
+    "auto": {},
+    "host": {"tier": "host"},
+    "host, small blocks": {"tier": "host", "block_tokens": "16"},
+    "host, odd blocks, five buffers": {"tier": "host", "block_tokens": "37", "stream_buffers": 5},
+    "host, no complete block": {"tier": "host", "block_tokens": "4096"},
+    "host and device": {"device_layers": "1", "block_tokens": "64"},
+    "lookup": {"tier": "host", "block_tokens": "32", "drafter": "lookup"},
+    "no drafter": {"mode": Mode.retrieval, "drafter": "none", "device_layers": "1"},
+    "streaming": {"mode": Mode.streaming, "tier": "host", "block_tokens": "32"},
+    "autoregressive": {"mode": Mode.autoregressive, "tier": "host", "block_tokens": "32"},
+    "budget above the prompt": {"retrieval": {"budget": 4096}},
+    "odd chunks, never rebuilt": {"retrieval": {"budget": 130, "chunk_size": 13, "rebuild": "never"}},
+    "sliding windows": {"target": "gemma2", "drafter": "gemma2", "device_layers": "2", "block_tokens": "16"},
+    "tied weights": {"target": "qwen2", "drafter": "qwen2", "tier": "host", "block_tokens": "16"},
+}
+NOT_FROM_TIERS = ("target weights", "drafter weights", "activations")
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_planned_bytes_are_those_that_the_engine_takes(folders, name):
+    config = run_config(folders, **CONFIGURATIONS[name])
+    prepared = prepare(config)
+    with closing(build(config, prepared, random_prompt(600), max_new_tokens=150, seed=0)) as engine:
+        used = {tier.name: tier.used_bytes for tier in engine._tiers}
+        planned = engine.plan.device_bytes
+        assert used["device"] == sum(size for what, size in planned.items() if what not in NOT_FROM_TIERS)
+        assert used["host"] == engine.plan.totals["host"] == sum(engine.plan.host_bytes.values())
+        weights = engine._target._model.hf_model.parameters()
+        assert planned["target weights"] == sum(parameter.nbytes for parameter in weights)
+        report = engine.memory_report()
+        for tier in ("device", "host"):
+            assert report[tier]["planned_bytes"] == engine.plan.totals[tier]
+        assert report["device"]["peak_bytes"] == report["device"]["planned_bytes"] - planned["activations"]
+        assert report["host"]["peak_bytes"] == report["host"]["planned_bytes"]
+
+
+def test_a_plan_that_does_not_fit_is_refused_before_any_weight_is_read(folders, monkeypatch):
+    config = run_config(folders)
+    config.placement.device_memory_gib = 1e-4
+    monkeypatch.setattr("launch.engine.load_model", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(ConfigError, match=r"a context of 750 tokens needs 0\.\d+ GiB"):
+        build(config, prepare(config), random_prompt(600), max_new_tokens=150, seed=0)

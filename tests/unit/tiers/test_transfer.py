@@ -1,0 +1,290 @@
+"""The CPU streamer: a block is handed out only when its copy is done, and overwritten only when it is given back.
+
+Copies are made slow and visible: a buffer is poisoned with NaN when a copy into it begins, and filled when it ends.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import closing
+
+import pytest
+import torch
+
+from tests.all_caches import PoisonedDeviceTier
+from tiers.transfer import CpuBlockStreamer, make_streamer
+
+BLOCK_SIZE = (2, 2, 8, 4)
+BLOCK_BYTES = 2 * 2 * 8 * 4 * 4
+COPY_SECONDS = 0.004
+THREAD_NAME = "tierforce-stream"
+
+
+class SlowBuffer(torch.Tensor):
+    """A copy into it takes COPY_SECONDS, in which it holds NaN; it notes the copies that began."""
+
+    def copy_(self, block):
+        self.log.append(threading.current_thread().name)
+        if block.flatten()[0] == BROKEN:
+            raise OSError("the block cannot be read")
+        self.fill_(torch.nan)
+        time.sleep(COPY_SECONDS)
+        return super().copy_(block)
+
+
+BROKEN = -1.0
+
+
+class SlowTier(PoisonedDeviceTier):
+    """Its tensors are slow to copy to; `copies` lists the copies that began."""
+
+    def __init__(self):
+        super().__init__()
+        self.copies: list[str] = []
+
+    def allocate(self, *size, dtype):
+        tensor = super().allocate(*size, dtype=dtype).as_subclass(SlowBuffer)
+        tensor.log = self.copies
+        return tensor
+
+
+def blocks(count: int, first: int = 1) -> list[torch.Tensor]:
+    """Different ones: filled with first, first + 1, ..."""
+    return [torch.full(BLOCK_SIZE, float(value)) for value in range(first, first + count)]
+
+
+def slow_streamer(kind=CpuBlockStreamer, num_buffers: int = 2) -> tuple[CpuBlockStreamer, SlowTier]:
+    tier = SlowTier()
+    return kind(BLOCK_SIZE, torch.float32, num_buffers, tier), tier
+
+
+def values_taken(streamer, count: int, *, seconds_per_block: float = 0.0) -> list[float]:
+    """What a consumer reads that works for a while on each block and then looks at it; NaN: parts of it differ."""
+    values = []
+    for block in streamer.take(count):
+        time.sleep(seconds_per_block)
+        is_uniform = bool((block == block.flatten()[0]).all())
+        values.append(float(block.flatten()[0]) if is_uniform else float("nan"))
+    return values
+
+
+def numbers(count: int, first: int = 1) -> list[float]:
+    return [float(value) for value in range(first, first + count)]
+
+
+@pytest.mark.parametrize("num_buffers", [2, 3, 5])
+@pytest.mark.parametrize("num_blocks", [0, 1, 2, 3, 7])
+def test_consumer_sees_every_block_whole_and_in_order(num_buffers, num_blocks):
+    streamer, _ = slow_streamer(num_buffers=num_buffers)
+    with closing(streamer):
+        streamer.begin(blocks(num_blocks))
+        assert values_taken(streamer, num_blocks) == numbers(num_blocks)
+
+
+def test_a_block_stays_until_the_next_is_asked_for_however_slow_the_consumer():
+    streamer, _ = slow_streamer()
+    with closing(streamer):
+        streamer.begin(blocks(6))
+        assert values_taken(streamer, 6, seconds_per_block=3 * COPY_SECONDS) == numbers(6)
+
+
+def test_a_pass_may_be_taken_in_parts_as_layers_do():
+    streamer, _ = slow_streamer()
+    with closing(streamer):
+        streamer.begin(blocks(7))
+        parts = [values_taken(streamer, count, seconds_per_block=COPY_SECONDS) for count in (3, 0, 1, 3)]
+        assert sum(parts, []) == numbers(7)
+
+
+def test_passes_follow_each_other_without_mixing():
+    streamer, _ = slow_streamer()
+    with closing(streamer):
+        for first in (1, 100, 200):
+            streamer.begin(blocks(5, first))
+            assert values_taken(streamer, 5) == numbers(5, first)
+
+
+class HandsOutEarly(CpuBlockStreamer):
+    """Wrong: does not wait for the copy."""
+
+    def take(self, count):
+        for index in range(count):
+            yield self._buffers[index % len(self._buffers)]
+            self._free.release()
+
+
+class OverwritesEarly(CpuBlockStreamer):
+    """Wrong: does not wait until the consumer is done with a buffer."""
+
+    def begin(self, blocks):
+        super().begin(blocks)
+        for _ in blocks:
+            self._free.release()
+
+
+@pytest.mark.parametrize("wrong", [HandsOutEarly, OverwritesEarly])
+def test_negative_control_a_streamer_that_does_not_wait_is_found_out(wrong):
+    streamer, _ = slow_streamer(wrong)
+    with closing(streamer):
+        streamer.begin(blocks(6))
+        seconds = 3 * COPY_SECONDS if wrong is OverwritesEarly else 0.0
+        assert values_taken(streamer, 6, seconds_per_block=seconds) != numbers(6)
+
+
+def test_copies_run_ahead_by_the_number_of_buffers_and_no_further():
+    streamer, tier = slow_streamer(num_buffers=3)
+    with closing(streamer):
+        streamer.begin(blocks(8))
+        taken = streamer.take(8)
+        for num_copies in (3, 4, 5):
+            next(taken)
+            while len(tier.copies) < num_copies:
+                time.sleep(COPY_SECONDS)
+            time.sleep(3 * COPY_SECONDS)
+            assert len(tier.copies) == num_copies
+        streamer.cancel()
+
+
+def test_copies_are_made_by_the_copy_thread():
+    streamer, tier = slow_streamer()
+    with closing(streamer):
+        streamer.begin(blocks(3))
+        values_taken(streamer, 3)
+    assert tier.copies == [THREAD_NAME] * 3
+
+
+def test_there_is_no_way_to_a_buffer_but_take():
+    streamer, _ = slow_streamer()
+    public = {name for name in dir(streamer) if not name.startswith("_")}
+    assert public == {"begin", "take", "cancel", "close", "stats"}
+    assert streamer.begin([]) is None
+
+
+@pytest.mark.parametrize("num_taken", [0, 1, 2, 4, 6])
+def test_a_pass_after_a_cancelled_one_sees_its_own_blocks_alone(num_taken):
+    streamer, _ = slow_streamer()
+    with closing(streamer):
+        for first in (1, 100, 200):
+            streamer.begin(blocks(6, first))
+            values_taken(streamer, num_taken)
+            streamer.cancel()
+            streamer.begin(blocks(4, first + 50))
+            assert values_taken(streamer, 4, seconds_per_block=COPY_SECONDS / 2) == numbers(4, first + 50)
+
+
+def test_cancel_stops_the_copies_of_the_pass():
+    streamer, tier = slow_streamer()
+    with closing(streamer):
+        streamer.begin(blocks(50))
+        values_taken(streamer, 2)
+        streamer.cancel()
+        streamer.begin(blocks(1))
+        values_taken(streamer, 1)
+        assert len(tier.copies) <= 2 + 2 + 1 + 1  # taken, ahead, one given back, the second pass
+
+
+@pytest.mark.parametrize("num_good", [0, 1, 3])
+def test_error_of_a_copy_reaches_the_consumer_at_its_block_and_the_next_pass_works(num_good):
+    streamer, _ = slow_streamer()
+    with closing(streamer):
+        bad = torch.full(BLOCK_SIZE, BROKEN)
+        streamer.begin([*blocks(num_good), bad, *blocks(2)])
+        taken = streamer.take(num_good + 3)
+        for number in numbers(num_good):
+            assert float(next(taken).flatten()[0]) == number
+        with pytest.raises(OSError, match="cannot be read"):
+            next(taken)
+        streamer.cancel()
+        streamer.begin(blocks(3))
+        assert values_taken(streamer, 3) == numbers(3)
+
+
+def test_a_pass_cannot_begin_before_the_last_one_was_taken():
+    streamer, _ = slow_streamer()
+    with closing(streamer):
+        streamer.begin(blocks(3))
+        values_taken(streamer, 2)
+        with pytest.raises(AssertionError, match="1 blocks of the last one not taken"):
+            streamer.begin(blocks(3))
+
+
+def test_counts_bytes_exactly_and_seconds_and_stalls_of_slow_copies():
+    streamer, _ = slow_streamer()
+    with closing(streamer):
+        began = time.perf_counter()
+        for _ in range(2):
+            streamer.begin(blocks(5))
+            values_taken(streamer, 5)
+        passed = time.perf_counter() - began
+        stats = streamer.stats
+        assert stats.num_bytes == 10 * BLOCK_BYTES
+        assert 10 * COPY_SECONDS <= stats.seconds <= passed
+        # The consumer does nothing but wait.
+        assert 8 * COPY_SECONDS <= stats.stall_seconds <= passed
+
+
+def test_a_consumer_slower_than_the_copies_hardly_stalls():
+    streamer, _ = slow_streamer()
+    with closing(streamer):
+        streamer.begin(blocks(6))
+        values_taken(streamer, 6, seconds_per_block=10 * COPY_SECONDS)
+        assert streamer.stats.stall_seconds < 0.8 * streamer.stats.seconds
+
+
+def alive_copy_threads() -> int:
+    return sum(thread.name == THREAD_NAME for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("num_taken", [None, 0, 2, 6])
+def test_close_ends_the_thread_also_in_mid_pass(num_taken):
+    before = alive_copy_threads()
+    streamer, _ = slow_streamer()
+    if num_taken is not None:
+        streamer.begin(blocks(6))
+        values_taken(streamer, num_taken)
+        assert alive_copy_threads() == before + 1
+    streamer.close()
+    assert alive_copy_threads() == before
+    streamer.close()
+
+
+def test_there_is_no_thread_before_the_first_pass():
+    before = alive_copy_threads()
+    slow_streamer()
+    assert alive_copy_threads() == before
+
+
+def test_the_copy_thread_leaves_the_compute_threads_alone():
+    before = torch.get_num_threads()
+    streamer, _ = slow_streamer()
+    with closing(streamer):
+        streamer.begin(blocks(2))
+        values_taken(streamer, 2)
+        assert torch.get_num_threads() == before
+
+
+def test_buffers_are_counted_by_their_tier():
+    tier = PoisonedDeviceTier()
+    streamer = make_streamer(BLOCK_SIZE, torch.float32, 3, tier, torch.device("cpu"))
+    assert isinstance(streamer, CpuBlockStreamer)
+    assert tier.used_bytes == 3 * BLOCK_BYTES
+
+
+def test_more_blocks_than_the_pass_has_are_refused_at_once():
+    streamer, _ = slow_streamer()
+    streamer.begin(blocks(2))
+    values_taken(streamer, 2)
+    failures = []
+
+    def ask():
+        try:
+            values_taken(streamer, 1)
+        except AssertionError as error:
+            failures.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(timeout=1)
+    assert failures, "the consumer waits for a copy that nobody will make"
+    streamer.close()
