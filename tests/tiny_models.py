@@ -114,12 +114,12 @@ class Checkpoints:
     def __init__(self, root: Path):
         self._root, self._folders = root, {}
 
-    def __call__(self, model_type: str, seed: int = 0, **changes) -> Path:
+    def __call__(self, model_type: str, seed: int = 0, *, logit_spread: float = 4.0, **changes) -> Path:
         """The folder of a random model of this family; `changes` are of its configuration."""
-        key = repr((model_type, seed, sorted(changes.items())))
+        key = repr((model_type, seed, logit_spread, sorted(changes.items())))
         if key not in self._folders:
-            folder = self._root / f"{len(self._folders)}-{model_type}"
-            self._folders[key] = save_checkpoint(folder, tiny_config(model_type, **changes), seed)
+            folder, config = self._root / f"{len(self._folders)}-{model_type}", tiny_config(model_type, **changes)
+            self._folders[key] = save_checkpoint(folder, config, seed, logit_spread=logit_spread)
         return self._folders[key]
 
 

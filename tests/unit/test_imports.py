@@ -1,4 +1,4 @@
-"""Imports point one way: conf <- tiers <- workers <- orchestrator <- launch; and each big library has its few importers.
+"""Imports point one way: conf <- tiers <- workers <- orchestrator <- launch. Each big library has its few importers.
 
 A policy module is loaded without torch, a configuration is refused before torch is imported: so it stays.
 """

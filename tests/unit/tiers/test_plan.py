@@ -187,7 +187,9 @@ def test_refusal_names_need_and_have_and_the_largest_context_that_fits(
 def test_refusal_of_a_fixed_tier_names_the_knob_that_would_let_layers_move():
     small = replace(INPUTS, device_free_bytes=200 * MIB)
     assert "cache.full.tier=auto" in refusal(small, cache_config(tier=FullCacheTier.device))
-    assert "cache.full.tier=auto" in refusal(replace(INPUTS, host_free_bytes=MIB), cache_config(tier="host"))
+    assert "cache.full.tier=auto" in refusal(
+        replace(INPUTS, host_free_bytes=MIB), cache_config(tier=FullCacheTier.host)
+    )
     without_host = replace(small, host_free_bytes=MIB)
     assert "cache.full.tier=auto" not in refusal(without_host, cache_config())
 
@@ -274,21 +276,21 @@ def run_config(folders, *, target="llama", drafter="llama", mode=Mode.triforce, 
 
 
 CONFIGURATIONS = {
-    "device": {"tier": "device"},
+    "device": {"tier": FullCacheTier.device},
     "auto": {},
-    "host": {"tier": "host"},
-    "host, small blocks": {"tier": "host", "block_tokens": "16"},
-    "host, odd blocks, five buffers": {"tier": "host", "block_tokens": "37", "stream_buffers": 5},
-    "host, no complete block": {"tier": "host", "block_tokens": "4096"},
+    "host": {"tier": FullCacheTier.host},
+    "host, small blocks": {"tier": FullCacheTier.host, "block_tokens": "16"},
+    "host, odd blocks, five buffers": {"tier": FullCacheTier.host, "block_tokens": "37", "stream_buffers": 5},
+    "host, no complete block": {"tier": FullCacheTier.host, "block_tokens": "4096"},
     "host and device": {"device_layers": "1", "block_tokens": "64"},
-    "lookup": {"tier": "host", "block_tokens": "32", "drafter": "lookup"},
+    "lookup": {"tier": FullCacheTier.host, "block_tokens": "32", "drafter": "lookup"},
     "no drafter": {"mode": Mode.retrieval, "drafter": "none", "device_layers": "1"},
-    "streaming": {"mode": Mode.streaming, "tier": "host", "block_tokens": "32"},
-    "autoregressive": {"mode": Mode.autoregressive, "tier": "host", "block_tokens": "32"},
+    "streaming": {"mode": Mode.streaming, "tier": FullCacheTier.host, "block_tokens": "32"},
+    "autoregressive": {"mode": Mode.autoregressive, "tier": FullCacheTier.host, "block_tokens": "32"},
     "budget above the prompt": {"retrieval": {"budget": 4096}},
     "odd chunks, never rebuilt": {"retrieval": {"budget": 130, "chunk_size": 13, "rebuild": "never"}},
-    "sliding windows": {"target": "gemma2", "drafter": "gemma2", "device_layers": "2", "block_tokens": "16"},
-    "tied weights": {"target": "qwen2", "drafter": "qwen2", "tier": "host", "block_tokens": "16"},
+    "sliding windows": {"target": "gemma2", "drafter": "gemma2", "device_layers": "1", "block_tokens": "16"},
+    "tied weights": {"target": "qwen2", "drafter": "qwen2", "tier": FullCacheTier.host, "block_tokens": "16"},
 }
 NOT_FROM_TIERS = ("target weights", "drafter weights", "activations")
 
@@ -299,6 +301,8 @@ def test_planned_bytes_are_those_that_the_engine_takes(folders, name):
     prepared = prepare(config)
     with closing(build(config, prepared, random_prompt(600), max_new_tokens=150, seed=0)) as engine:
         used = {tier.name: tier.used_bytes for tier in engine._tiers}
+        wants_host = config.cache.full.tier is FullCacheTier.host or config.cache.full.device_layers != "auto"
+        assert (engine.plan.num_device_layers < prepared.target.cache_shape.num_layers) == wants_host
         planned = engine.plan.device_bytes
         assert used["device"] == sum(size for what, size in planned.items() if what not in NOT_FROM_TIERS)
         assert used["host"] == engine.plan.totals["host"] == sum(engine.plan.host_bytes.values())

@@ -1,4 +1,4 @@
-"""The retrieval cache shows the chunks of the last rebuild and then every newer token, the verifier's where it spoke."""
+"""The retrieval cache shows the chunks of the last rebuild, then every newer token, true where verified."""
 
 from __future__ import annotations
 

@@ -119,11 +119,11 @@ def test_logits_depend_on_the_sequence_alone(models, num_prompt_tokens, steps):
 
 def test_works_far_past_the_drafters_own_positions(models):
     ours, theirs = models
+    assert CONFIG.max_position_embeddings < 40
     model = StreamingModel(ours, new_cache())
     model.prefill(TEXT[:200])
     for end in range(200, 260):
         assert_logits(model.append(TEXT[end : end + 1], 1), wanted_logits(theirs, TEXT[: end + 1], 1))
-    assert 260 > 5 * CONFIG.max_position_embeddings
 
 
 def test_no_position_beyond_the_capacity_is_ever_asked_for(models, monkeypatch):

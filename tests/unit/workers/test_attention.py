@@ -231,7 +231,7 @@ def test_streamed_keys_give_the_same_bits_as_resident_ones_cut_alike_and_nearly_
     caches = [full_cache(tier, capacity=400, slack=70, windows=[window], shape=shape) for tier in "hd"]
     with closing(caches[0]), closing(caches[1]):
         (streamed, seen), (resident, whole) = (forward_over(cache, q, *parts, window) for cache in caches)
-    assert len(seen) > 3 and len(whole) == 1
+    assert len(seen) > 2 and len(whole) == 1
     assert torch.equal(streamed, attend(q, seen, first_position=num_old, scale=SCALE, window=window))
     error = (streamed.double() - resident.double()).abs().max() / resident.double().abs().max()
     assert error < MERGING_ERROR[dtype]
