@@ -164,6 +164,9 @@ class FullCacheConfig:
     def __post_init__(self) -> None:
         parse_auto_count("cache.full.device_layers", self.device_layers, ("auto",))
         parse_auto_count("cache.full.block_tokens", self.block_tokens, ("auto",), minimum=1)
+        contradicts = self.tier == FullCacheTier.device and self.device_layers != "auto"
+        rule = "auto where cache.full.tier is device, which puts every layer there"
+        require(not contradicts, "cache.full.device_layers", self.device_layers, rule)
         require(2 <= self.stream_buffers <= 64, "cache.full.stream_buffers", self.stream_buffers, "between 2 and 64")
 
 
@@ -201,7 +204,7 @@ class SamplingConfig:
         require(self.top_k >= 0, "sampling.top_k", self.top_k, ">= 0 (0 is off)")
         legal = self.seed is None or 0 <= self.seed < 2**64
         require(legal, "sampling.seed", self.seed, "between 0 and 2**64 - 1, or null")
-        legal = not (self.block_verification and self.coupling is Coupling.gumbel)
+        legal = not (self.block_verification and self.coupling == Coupling.gumbel)
         require(legal, "sampling.block_verification", True, "false with sampling.coupling=gumbel")
 
     @property

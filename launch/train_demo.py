@@ -1,11 +1,12 @@
 """Trains the embedded demo pair: python launch/train_demo.py books=FOLDER
 
-A Llama-architecture target and a drafter about ten times smaller with the same tokenizer. The target is trained on
-books and Python source, short contexts first; the drafter then learns the target's distribution (distillation) on the
-context that its StreamingLLM cache will show it. Everything needed to repeat it is in conf/train_demo.yaml; an
-interrupted run resumes from its last checkpoint.
+A Llama-architecture target and a drafter more than ten times smaller with the same tokenizer. The target is trained on
+books and Python source, short contexts first; the drafter learns next tokens, then the target's distribution
+(distillation), both on the tokens that its StreamingLLM cache will show it. Everything needed to repeat it is in
+conf/train_demo.yaml; an interrupted run resumes from its last checkpoint. Uses the GPU if there is one.
 """
 
+import functools
 import json
 import math
 import sys
@@ -18,7 +19,8 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import log_softmax
+from torch.utils.data import DataLoader, Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,6 +29,8 @@ from launch import demo_corpus
 
 MAX_POSITIONS = 32768
 WARMUP_STEPS = 60
+SECONDS_BETWEEN_CHECKPOINTS = 60
+UNREADY_TOKENS = 64  # of a window, behind the sinks, that are not learned: in use, the cache is fuller than that
 
 
 @dataclass(kw_only=True)
@@ -38,7 +42,11 @@ class Stage:
     sequences: int
     tokens: int
     distill: bool = False
-    """Learn the teacher's distribution instead of the next token alone."""
+    """Learn the teacher's distribution, which sees the whole context, instead of the next token alone."""
+    sinks: int = 0
+    window: int = 0
+    """If set, the context is cut into windows, each behind the context's first `sinks` tokens, at positions from 0 on:
+    what a StreamingLLM cache of `sinks` + `window` tokens shows."""
 
     @property
     def steps(self) -> int:
@@ -74,30 +82,60 @@ def build_optimizers(model: LlamaForCausalLM, learning_rate: float) -> list[torc
     ]
 
 
-def learning_rate_scale(step: int, total_steps: int, decay_fraction: float) -> float:
+def learning_rate_scale(step: int, share_of_tokens_left: float, decay_fraction: float) -> float:
     """Warm-up, constant, linear decay to 3 %."""
-    decay_steps = max(1, int(total_steps * decay_fraction))
-    return min((step + 1) / WARMUP_STEPS, 1.0, max(0.03, (total_steps - step) / decay_steps))
+    return min((step + 1) / WARMUP_STEPS, 1.0, max(0.03, share_of_tokens_left / decay_fraction))
 
 
-def next_token_loss(logits, tokens, positions):
-    """A piece's last token does not predict the first of the next piece: the text between was left out."""
-    labels = tokens[:, 1:].masked_fill(positions[:, 1:] - positions[:, :-1] != 1, -100)
-    return cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
+def logits_of(model: LlamaForCausalLM, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """[B, T, V], each token attending to all before it.
+
+    Without a mask, transformers would take a gap between positions for the border of two packed texts, and the pieces
+    of a sample would not see each other.
+    """
+    mask = torch.ones_like(tokens)
+    with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
+        out = model(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False)
+    return out.logits.float()
+
+
+def cut_windows(values: torch.Tensor, sinks: int, window: int) -> torch.Tensor:
+    """[B, T, ...] to [B * n, sinks + window, ...]: the windows of each row in turn, behind the row's first values."""
+    num_windows = (values.shape[1] - sinks) // window
+    rest = values[:, sinks : sinks + num_windows * window].unflatten(1, (num_windows, window))
+    first = values[:, None, :sinks].expand(-1, num_windows, *[-1] * (values.ndim - 1))
+    return torch.cat([first, rest], dim=2).flatten(0, 1)
+
+
+class Steps(Dataset):
+    """The tokens and positions [sequences, context] of each step, the same in every run."""
+
+    def __init__(self, maker: demo_corpus.SampleMaker, stage: Stage, first: int):
+        self._maker, self._stage, self._first = maker, stage, first
+
+    def __len__(self) -> int:
+        return self._first + self._stage.steps
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self._maker.rng = np.random.default_rng([1234, step])
+        samples = [self._maker.sample(self._stage.context, self._stage.span) for _ in range(self._stage.sequences)]
+        tokens, positions = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*samples, strict=True))
+        return tokens, positions
 
 
 class Trainer:
     """One training run of one model; `teacher` is for the stages that distill."""
 
-    def __init__(self, name: str, model, settings: DictConfig, maker, work: Path, teacher=None):
+    def __init__(self, name: str, model, settings: DictConfig, maker, work: Path, num_workers: int, teacher=None):
         self.name, self.model, self.maker, self.teacher = name, model, maker, teacher
+        self.device, self.num_workers = next(model.parameters()).device, num_workers
         self.stages = [Stage(**stage) for stage in settings.stages]
-        self.settings, self.checkpoint = settings, work / f"{name}.pt"
+        self.settings, self.checkpoint, self.saved_at = settings, work / f"{name}.pt", time.monotonic()
         self.log = (work / f"{name}.jsonl").open("a")
         self.optimizers = build_optimizers(model, settings.learning_rate)
         self.total_steps, self.step, self.losses = sum(stage.steps for stage in self.stages), 0, []
         if self.checkpoint.exists():
-            state = torch.load(self.checkpoint, weights_only=True)
+            state = torch.load(self.checkpoint, weights_only=True, map_location=self.device)
             model.load_state_dict(state["model"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
@@ -106,55 +144,79 @@ class Trainer:
     def run(self) -> None:
         first_step = 0
         for stage in self.stages:
-            for step in range(max(first_step, self.step), first_step + stage.steps):
-                self._train_step(stage, step)
-                if (step + 1) % 20 == 0 or step + 1 == self.total_steps:
+            steps = range(max(first_step, self.step), first_step + stage.steps)
+            loader = DataLoader(
+                Steps(self.maker, stage, first_step), batch_size=None, sampler=steps, num_workers=self.num_workers
+            )
+            began, first_step = time.monotonic(), first_step + stage.steps
+            for step, (tokens, positions) in zip(steps, loader, strict=True):
+                self._train_step(stage, step, tokens.to(self.device), positions.to(self.device))
+                if (step + 1) % 20 == 0:
+                    rate = stage.context * stage.sequences * 20 / (time.monotonic() - began)
+                    began = time.monotonic()
+                    self._report(step + 1, stage.context, rate)
+                is_due = time.monotonic() - self.saved_at > SECONDS_BETWEEN_CHECKPOINTS
+                if is_due or step + 1 == self.total_steps:
                     self._save(step + 1)
-            first_step += stage.steps
 
-    def _train_step(self, stage: Stage, step: int) -> None:
-        began = time.monotonic()
-        self.maker.rng = np.random.default_rng([1234, step])  # a resumed run sees the same samples
-        samples = [self.maker.sample(stage.context, stage.span) for _ in range(stage.sequences)]
-        tokens, positions = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*samples, strict=True))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = self.model(input_ids=tokens, position_ids=positions, use_cache=False).logits.float()
-        criterion = self._distillation_loss if stage.distill else next_token_loss
-        loss = criterion(logits, tokens, positions)
+    def _train_step(self, stage: Stage, step: int, tokens: torch.Tensor, positions: torch.Tensor) -> None:
+        loss = self._loss(stage, tokens, positions)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        scale = learning_rate_scale(step, self.total_steps, self.settings.decay_fraction)
+        scale = learning_rate_scale(step, self._share_of_tokens_left(step), self.settings.decay_fraction)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.settings.learning_rate * scale
             optimizer.step()
             optimizer.zero_grad()
-        self.losses.append(loss.item())
-        if (step + 1) % 20 == 0:
-            self._report(step + 1, stage.context, tokens.numel() / (time.monotonic() - began))
+        self.losses.append(loss.detach())
+
+    def _share_of_tokens_left(self, step: int) -> float:
+        total, left, steps_left = 0, 0, self.total_steps - step
+        for stage in reversed(self.stages):
+            tokens_per_step = stage.context * stage.sequences
+            total += stage.steps * tokens_per_step
+            left += min(stage.steps, steps_left) * tokens_per_step
+            steps_left = max(0, steps_left - stage.steps)
+        return left / total
+
+    def _loss(self, stage: Stage, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy with the next tokens, or with the teacher's distribution of them."""
+        # A piece's last token does not predict the first of the next piece: the text between was left out.
+        counted = positions[:, 1:] - positions[:, :-1] == 1
+        wanted, tokens, positions = tokens[:, 1:, None], tokens[:, :-1], positions[:, :-1]
+        if stage.distill:
+            with torch.no_grad():
+                wanted = logits_of(self.teacher, tokens, positions).softmax(-1)
+        if stage.window:
+            cut = functools.partial(cut_windows, sinks=stage.sinks, window=stage.window)
+            tokens, wanted, counted = cut(tokens), cut(wanted), cut(counted)
+            counted[:, : stage.sinks + UNREADY_TOKENS] = False
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        log_probs = log_softmax(logits_of(self.model, tokens, positions)[counted], -1)
+        wanted = wanted[counted]
+        products = wanted * log_probs if stage.distill else log_probs.gather(-1, wanted)
+        return -products.sum(-1).mean()
 
     def _report(self, step: int, context: int, tokens_per_second: float) -> None:
         record = {
             "step": step,
             "of": self.total_steps,
             "context": context,
-            "loss": round(float(np.mean(self.losses[-20:])), 4),
+            "loss": round(float(torch.stack(self.losses).mean()), 4),
             "tokens_per_s": round(tokens_per_second),
         }
+        self.losses.clear()
         print(self.name, record, flush=True)
         self.log.write(json.dumps(record) + "\n")
         self.log.flush()
-
-    def _distillation_loss(self, logits, tokens, positions):
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-            taught = self.teacher(input_ids=tokens, position_ids=positions, use_cache=False).logits.float()
-        return -(taught.softmax(-1) * log_softmax(logits, -1)).sum(-1).mean()
 
     def _save(self, step: int) -> None:
         states = [optimizer.state_dict() for optimizer in self.optimizers]
         partial = self.checkpoint.with_suffix(".partial")
         torch.save({"model": self.model.state_dict(), "optimizers": states, "step": step}, partial)
         partial.rename(self.checkpoint)
+        self.saved_at = time.monotonic()
 
 
 def prepare_streams(cfg: DictConfig, work: Path) -> tuple[Tokenizer, list[np.ndarray]]:
@@ -200,11 +262,12 @@ def main(cfg: DictConfig) -> None:
     print({"books_tokens": len(streams[0]), "python_tokens": len(streams[1])}, flush=True)
     maker = demo_corpus.SampleMaker(streams=streams, tokenizer=tokenizer, rng=np.random.default_rng(cfg.seed))
 
-    target = build_model(cfg.target, cfg.tokenizer_vocab)
-    Trainer("target", target, cfg.target, maker, work).run()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    target = build_model(cfg.target, cfg.tokenizer_vocab).to(device)
+    Trainer("target", target, cfg.target, maker, work, cfg.workers).run()
     target.eval()
-    drafter = build_model(cfg.drafter, cfg.tokenizer_vocab)
-    Trainer("drafter", drafter, cfg.drafter, maker, work, teacher=target).run()
+    drafter = build_model(cfg.drafter, cfg.tokenizer_vocab).to(device)
+    Trainer("drafter", drafter, cfg.drafter, maker, work, cfg.workers, teacher=target).run()
     for name, model in (("target", target), ("drafter", drafter)):
         export(model, work / "tokenizer.json", Path(cfg.assets) / name)
 

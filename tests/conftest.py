@@ -1,4 +1,4 @@
-"""Tests need no network and no more than one core; the environment is set before torch and transformers are imported."""
+"""No network, and one core: the environment is set before torch and transformers are imported."""
 
 import os
 

@@ -33,7 +33,7 @@ SIZES = {
 ONE_LAYER_SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 FAMILIES: dict[str, dict] = {
     "llama": {},
-    "qwen2": {"tie_word_embeddings": True},
+    "qwen2": {},
     "qwen3": {"head_dim": 12},
     "mistral": {"sliding_window": WINDOW},
     "gemma2": ONE_LAYER_SLIDING
@@ -97,12 +97,16 @@ def save_checkpoint(
     published_fields: dict | None = None,
     logit_spread: float = 4.0,
 ) -> Path:
-    """Writes a checkpoint to `folder`; `published_fields` are merged into config.json as they stand, None removes."""
+    """Writes a checkpoint to `folder`.
+
+    `published_fields` are merged into config.json as they stand (None removes), and are then all that is known.
+    """
     model = random_model(config, seed, logit_spread=logit_spread)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     (tokenizer or tiny_tokenizer()).save_pretrained(folder)
     if published_fields:
         path = folder / "config.json"
+        (folder / "generation_config.json").unlink()
         fields = json.loads(path.read_text()) | published_fields
         path.write_text(json.dumps({key: value for key, value in fields.items() if value is not None}))
     return folder
@@ -138,11 +142,9 @@ def greedy_tokens(folder: Path, prompt: list[int], num_tokens: int, dtype: torch
 
 def generate_greedily(model, prompt: list[int], num_tokens: int) -> list[int]:
     """`num_tokens` tokens after `prompt`, past any end-of-sequence token."""
-    config = transformers.GenerationConfig(
-        do_sample=False, max_new_tokens=num_tokens, eos_token_id=None, pad_token_id=0, bos_token_id=None
-    )
+    # The model's own one would fill in an end of sequence; and without the mask, pad_token_id is taken for padding.
+    model.generation_config = transformers.GenerationConfig(pad_token_id=0)
     ids = torch.tensor([prompt])
-    # Without the mask, generate takes tokens that equal pad_token_id for padding.
     with torch.inference_mode():
-        ids = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        ids = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=num_tokens)
     return ids[0, len(prompt) :].tolist()

@@ -11,6 +11,8 @@ import torch
 from tiers.base import CacheShape
 from tiers.full_cache import FullCache
 
+READ_TOKENS = 1024  # read from the cache at once, so that what is needed on the device stays small
+
 
 class ChunkIndex:
     """Mean keys [H, number of complete chunks, D] of each layer of a full cache."""
@@ -19,33 +21,41 @@ class ChunkIndex:
         self.chunk_size = chunk_size
         size = (shape.num_layers, shape.num_kv_heads, capacity // chunk_size, shape.head_dim)
         self._means = tier.allocate(*size, dtype=shape.dtype)
-        self._num_indexed = [0] * shape.num_layers
+        self._num_layers = shape.num_layers
+        self.reset()
 
     def observe(self, layer: int, start: int, k: torch.Tensor) -> None:
-        """Takes keys [H, T, D] that are final, as prefill appends them from position `start` on."""
-        first = self._num_indexed[layer]
+        """Takes keys [H, T, D] that are final, as prefill appends them from position `start` on, in order."""
+        first, begun = self._num_indexed[layer], self._begun[layer]
+        if begun is not None:
+            k, start = torch.cat([begun, k], dim=1), start - begun.shape[1]
         skipped = first * self.chunk_size - start
-        count = (k.shape[1] - skipped) // self.chunk_size
-        if skipped < 0 or count <= 0:
-            return  # the chunk began in an earlier piece: catch_up reads it from the cache
-        rows = k[:, skipped : skipped + count * self.chunk_size]
-        self._means[layer, :, first : first + count] = self._mean(rows)
-        self._num_indexed[layer] = first + count
+        assert skipped >= 0, f"keys of chunk {first} are missing before position {start}"
+        count = max(0, k.shape[1] - skipped) // self.chunk_size
+        end = skipped + count * self.chunk_size
+        if count:
+            self._means[layer, :, first : first + count] = self._mean(k[:, skipped:end])
+            self._num_indexed[layer] = first + count
+        self._begun[layer] = k[:, end:].clone() if end < k.shape[1] else None
 
     def catch_up(self, cache: FullCache) -> None:
         """Indexes the complete chunks of the cache's tokens, which must be final."""
-        for layer, first in enumerate(self._num_indexed):
-            end = cache.length // self.chunk_size
-            if first < end:
+        chunks_at_once = max(1, READ_TOKENS // self.chunk_size)
+        num_complete = cache.length // self.chunk_size
+        for layer, num_indexed in enumerate(self._num_indexed):
+            for first in range(num_indexed, num_complete, chunks_at_once):
+                end = min(first + chunks_at_once, num_complete)
                 k, _ = cache.read(layer, first * self.chunk_size, end * self.chunk_size)
                 self._means[layer, :, first:end] = self._mean(k)
-                self._num_indexed[layer] = end
+            self._num_indexed[layer] = max(num_indexed, num_complete)
+        self._begun = [None] * self._num_layers
 
     def _mean(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.unflatten(1, (-1, self.chunk_size)).mean(dim=2, dtype=torch.float32)
 
     def reset(self) -> None:
-        self._num_indexed = [0] * len(self._num_indexed)
+        self._num_indexed = [0] * self._num_layers
+        self._begun: list[torch.Tensor | None] = [None] * self._num_layers  # keys of the chunk not yet complete
 
     def select(self, layer: int, q: torch.Tensor, num_wanted: int, num_newest: int, oldest: int = 0) -> torch.Tensor:
         """The best chunks for queries `q` [H, G, T, D]: ids [H, num_wanted] in ascending order.

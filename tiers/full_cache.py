@@ -86,9 +86,9 @@ class HostLayer:
     def settle(self, length: int) -> None:
         """Moves complete blocks to the host: after a piece, or when the tail has one that no roll back reaches."""
         newest = self._tail[:, :, : length - self.tail_start] if self._piece is None else self._piece
-        num_flushed = newest.shape[2] // self._block_tokens if self._piece is not None else 0
-        if self._piece is None and newest.shape[2] >= self._block_tokens + self._slack:
-            num_flushed = 1
+        # What may be rolled back stays in the tail; all of a piece is final.
+        num_final = newest.shape[2] - (self._slack if self._piece is None else 0)
+        num_flushed = max(0, num_final) // self._block_tokens
         for index in range(num_flushed):
             rows = newest[:, :, index * self._block_tokens : (index + 1) * self._block_tokens]
             self.blocks[self.num_blocks].copy_(rows, non_blocking=True)

@@ -11,7 +11,10 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def host_free_bytes() -> int:
-    """Available memory, or what the cgroup's limit leaves if that is less."""
+    """Available memory, or what the cgroup's limit leaves if that is less.
+
+    A cgroup's usage includes cached pages of files, which the system drops when memory is asked for: not counted here.
+    """
     free = psutil.virtual_memory().available
     for limit_file, usage_file in (
         (CGROUP / "memory.max", CGROUP / "memory.current"),
@@ -19,10 +22,12 @@ def host_free_bytes() -> int:
     ):
         try:
             limit, usage = limit_file.read_text().strip(), usage_file.read_text().strip()
+            statistics = dict(line.split() for line in (limit_file.parent / "memory.stat").read_text().splitlines())
         except OSError:
             continue
         if limit.isdigit():
-            free = min(free, max(0, int(limit) - int(usage)))
+            droppable = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
+            free = min(free, max(0, int(limit) - int(usage) + droppable))
     return free
 
 

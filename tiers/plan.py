@@ -70,7 +70,7 @@ def make_plan(inputs: PlanInput, cache: CacheConfig) -> MemoryPlan:
     shape = inputs.target_shape
     wanted = _wanted_device_layers(inputs, cache)
     plan = _plan_with(inputs, cache, wanted)
-    may_move = cache.full.tier is FullCacheTier.auto and cache.full.device_layers == "auto"
+    may_move = cache.full.tier == FullCacheTier.auto and cache.full.device_layers == "auto"
     while may_move and plan.num_device_layers and not _fits(plan, inputs):
         plan = _plan_with(inputs, cache, plan.num_device_layers - 1)
     if not _fits(plan, inputs):
@@ -88,8 +88,8 @@ def _wanted_device_layers(inputs: PlanInput, cache: CacheConfig) -> int:
         if int(configured) > num_layers:
             rule = f"at most the target's {num_layers} layers, or auto"
             raise ConfigError(f"cache.full.device_layers is {configured}; it must be {rule}")
-        return int(configured) if cache.full.tier is not FullCacheTier.device else num_layers
-    if cache.full.tier is not FullCacheTier.host:
+        return int(configured)
+    if cache.full.tier != FullCacheTier.host:
         return num_layers
     return 0
 
@@ -121,6 +121,7 @@ def _plan_with(inputs: PlanInput, cache: CacheConfig, num_device_layers: int) ->
         slots = padded(inputs.retrieval_slots)
         positions = shape.num_layers * shape.num_kv_heads * slots * 8
         plan.device_bytes["retrieval cache"] = slots * shape.bytes_per_token + positions
+        plan.device_bytes["retrieval update"] = plan.device_bytes["retrieval cache"]  # what a rebuild brings, at most
         plan.device_bytes["chunk means"] = capacity // inputs.chunk_size * shape.bytes_per_token // 2
     if inputs.drafter_shape is not None:
         plan.device_bytes["streaming cache"] = padded(inputs.drafter_slots) * inputs.drafter_shape.bytes_per_token
@@ -150,7 +151,9 @@ def _refusal(plan: MemoryPlan, inputs: PlanInput, cache: CacheConfig) -> str:
         if largest
         else "Use a smaller model, or set model.dtype=bfloat16"
     )
-    move = "" if cache.full.tier is FullCacheTier.auto else ", or cache.full.tier=auto"
+    move = "" if cache.full.tier == FullCacheTier.auto else ", or cache.full.tier=auto"
+    if cache.full.device_layers != "auto":
+        move += ", or cache.full.device_layers=auto"
     return (
         f"a context of {inputs.max_tokens} tokens needs {need['device'] / gib:.2f} GiB on the device (there are "
         f"{device / gib:.2f}) and {need['host'] / gib:.2f} GiB on the host (there are {host / gib:.2f}). {hint}{move}"
@@ -159,7 +162,7 @@ def _refusal(plan: MemoryPlan, inputs: PlanInput, cache: CacheConfig) -> str:
 
 def _largest_context(inputs: PlanInput, cache: CacheConfig, num_device_layers: int) -> int:
     """By bisection; 0 if not even one token fits."""
-    may_move = cache.full.tier is FullCacheTier.auto and cache.full.device_layers == "auto"
+    may_move = cache.full.tier == FullCacheTier.auto and cache.full.device_layers == "auto"
     low, high = 0, inputs.max_tokens
     while low < high:
         middle = (low + high + 1) // 2

@@ -67,6 +67,10 @@ class RetrievalCache:
             self._kv[layer, 1, :, first:end] = v
             if update.is_rebuild:
                 self._positions[layer, :, :end] = update.positions[layer]
+            else:
+                self._positions[layer, :, first:end] = torch.arange(
+                    update.start, update.length, device=self._positions.device
+                )
         self.length = update.length
 
     def begin(self, num_new: int) -> None:

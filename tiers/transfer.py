@@ -60,6 +60,7 @@ class CpuBlockStreamer:
 
     def take(self, count: int) -> Iterator[torch.Tensor]:
         """The next `count` blocks, on the device; each is valid until the next one is asked for."""
+        assert count <= self._num_left, f"{count} blocks asked for, {self._num_left} left of the pass"
         for _ in range(count):
             began = time.perf_counter()
             block = self._ready.get()
@@ -115,7 +116,8 @@ class CudaBlockStreamer:
         self._stats = StreamStats()
         self._blocks: list[torch.Tensor] = []
         self._num_issued = self._num_taken = 0
-        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._began: torch.cuda.Event | None = None
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # of passes all of whose copies are issued
 
     def begin(self, blocks: list[torch.Tensor]) -> None:
         """See CpuBlockStreamer.begin."""
@@ -124,8 +126,8 @@ class CudaBlockStreamer:
         if not blocks:
             return
         self._copy_stream.wait_stream(torch.cuda.current_stream(self._device))
-        self._spans.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-        self._spans[-1][0].record(self._copy_stream)
+        self._began = torch.cuda.Event(enable_timing=True)
+        self._began.record(self._copy_stream)
         for _ in range(min(len(self._buffers), len(blocks))):
             self._issue()
 
@@ -140,10 +142,14 @@ class CudaBlockStreamer:
         self._stats.num_bytes += self._blocks[index].nbytes
         self._num_issued += 1
         if self._num_issued == len(self._blocks):
-            self._spans[-1][1].record(self._copy_stream)
+            ended = torch.cuda.Event(enable_timing=True)
+            ended.record(self._copy_stream)
+            self._spans.append((self._began, ended))
 
     def take(self, count: int) -> Iterator[torch.Tensor]:
         """See CpuBlockStreamer.take."""
+        num_left = len(self._blocks) - self._num_taken
+        assert count <= num_left, f"{count} blocks asked for, {num_left} left of the pass"
         compute_stream = torch.cuda.current_stream(self._device)
         for _ in range(count):
             slot = self._num_taken % len(self._buffers)
@@ -158,8 +164,7 @@ class CudaBlockStreamer:
     def stats(self) -> StreamStats:
         """Waits for the device. Stalls are not told apart from compute on CUDA: `seconds` spans the whole pass."""
         torch.cuda.synchronize(self._device)
-        finished = [span for span in self._spans if span[1].query()]
-        self._stats.seconds += sum(start.elapsed_time(end) for start, end in finished) / 1e3
+        self._stats.seconds += sum(start.elapsed_time(end) for start, end in self._spans) / 1e3
         self._spans.clear()
         return self._stats
 
@@ -167,7 +172,6 @@ class CudaBlockStreamer:
         """See CpuBlockStreamer.cancel."""
         self._copy_stream.synchronize()
         self._blocks, self._num_issued, self._num_taken = [], 0, 0
-        self._spans.clear()
 
     def close(self) -> None:
         """Waits for copies under way."""

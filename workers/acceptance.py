@@ -264,6 +264,6 @@ def _padded(draft_probs: torch.Tensor, target_probs: torch.Tensor) -> torch.Tens
 
 def make_coupling(sampling: SamplingConfig, random: RandomSource, level: int, *, is_last: bool):
     """The coupling of a level (1 drafter, 2 retrieval draft, 3 target; `is_last`: the target)."""
-    if sampling.is_greedy or sampling.coupling is Coupling.gumbel:
+    if sampling.is_greedy or sampling.coupling == Coupling.gumbel:
         return GumbelCoupling(sampling, random)
     return MaximalCoupling(sampling, random, level, block=sampling.block_verification and is_last)

@@ -41,9 +41,9 @@ _ACTIVE: ContextVar[ForwardPass] = ContextVar("tierforce_forward_pass")
 @contextmanager
 def active(forward_pass: ForwardPass, num_new: int):
     """Within it, models read and write the pass's cache, which grows by `num_new` tokens unless there is an error."""
-    token = _ACTIVE.set(forward_pass)
     cache = forward_pass.cache
     cache.begin(num_new)
+    token = _ACTIVE.set(forward_pass)
     try:
         yield
     except BaseException:

@@ -140,16 +140,17 @@ class StreamingModel:
             self.append(tokens, 1)
 
     def append(self, tokens: list[int], num_logits: int) -> torch.Tensor:
-        cache, num_before = self._cache, len(self._tokens)
-        self._tokens += tokens
-        start = cache.window_start_for(len(self._tokens))
+        cache, num_before, all_tokens = self._cache, len(self._tokens), self._tokens + tokens
+        start = cache.window_start_for(len(all_tokens))
         if start != cache.window_start or cache.length != cache.slot(num_before):
             cache.reset()
             cache.window_start = start
-            tokens = self._tokens[: cache.sinks] + self._tokens[max(start, cache.sinks) :]
+            tokens = all_tokens[: cache.sinks] + all_tokens[max(start, cache.sinks) :]
         # The target's vocabulary may be padded to more ids: any other token will do for these, in a draft.
         known = [min(token, self._model.vocab_size - 1) for token in tokens]
-        return self._model.forward(known, cache, num_logits)
+        logits = self._model.forward(known, cache, num_logits)
+        self._tokens = all_tokens
+        return logits
 
     def truncate(self, length: int) -> None:
         """A roll back to before the window's start empties the cache: the next `append` reads again what it needs."""

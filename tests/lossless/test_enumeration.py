@@ -174,7 +174,7 @@ def test_equal_models_accept_everything_and_stay_exact(mode, sampling):
     setup = Setup(target=table, retrieval=table, drafter=table, mode=mode, sampling=sampling)
     assert_exact(setup, 3)
     rounds = [hierarchy for _, _, hierarchy in outcomes(setup.build, [], 1)]
-    num_block = 2 if mode is Mode.triforce and not sampling.block_verification else 1
+    num_block = 2 if mode is Mode.triforce else 1
     assert {len(hierarchy.session.generated) for hierarchy in rounds} == {1 + num_block + 1}
 
 
