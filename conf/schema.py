@@ -117,8 +117,10 @@ class RetrievalCacheConfig:
     """Tokens per layer and kv head; 0 leaves the level out; more than the context is cut to it."""
     chunk_size: int = 8
     """Tokens that are chosen together, by their mean key."""
-    newest_share: float = 0.125
+    newest_share: float = 0.5
     """Of the budget: newest tokens, kept whatever their score; 1 makes it a recent window, for comparison."""
+    summary_tokens: int = 64
+    """The tokens that are not chosen are seen in groups of so many, each as one mean key and value; 0: not at all."""
     rebuild: str = "adaptive"
     """When chunks are chosen anew: `never`, `adaptive` (the recent acceptance fell), or every n verifications."""
 
@@ -131,6 +133,7 @@ class RetrievalCacheConfig:
             rule = f"a multiple of {key}.chunk_size={self.chunk_size}, for example {nearest}"
             raise ConfigError(f"{key}.budget is {self.budget}; it must be {rule}")
         require(0 <= self.newest_share <= 1, f"{key}.newest_share", self.newest_share, "between 0 and 1")
+        require(self.summary_tokens >= 0, f"{key}.summary_tokens", self.summary_tokens, ">= 0, for example 64")
         parse_auto_count(f"{key}.rebuild", self.rebuild, ("never", "adaptive"), minimum=1)
 
 

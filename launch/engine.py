@@ -13,6 +13,7 @@ from orchestrator.rebuild_policy import RebuildPolicy
 from orchestrator.session import Session
 from orchestrator.text_stream import TextStream
 from tiers.chunk_index import ChunkIndex
+from tiers.context_summary import ContextSummary
 from tiers.device_tier import DeviceTier
 from tiers.full_cache import DeviceLayer, FullCache, HostLayer
 from tiers.memory import device_free_bytes, host_free_bytes
@@ -205,6 +206,7 @@ def _plan_input(config: RunConfig, prepared: Prepared, max_tokens: int, max_new_
         slack_tokens=_slack_tokens(config),
         retrieval_slots=slots,
         chunk_size=config.cache.retrieval.chunk_size,
+        summary_tokens=config.cache.retrieval.summary_tokens,
         drafter_shape=drafter.cache_shape if drafter else None,
         drafter_weight_bytes=drafter.num_weight_bytes if drafter else 0,
         drafter_slots=streaming.sinks + streaming.window + _streaming_slack(config) if drafter else 0,
@@ -293,12 +295,19 @@ class _Builder:
         capacity, facts = self._plan.max_tokens + self._plan.slack_tokens, self._prepared.target
         retrieval = self._config.cache.retrieval
         index = ChunkIndex(facts.cache_shape, capacity, retrieval.chunk_size, self._device_tier)
-        return RetrievalSelection(full_cache, index, facts.windows, retrieval.budget, retrieval.newest_share)
+        summary = None
+        if retrieval.summary_tokens:
+            summary = ContextSummary(facts.cache_shape, capacity, retrieval.summary_tokens, self._device_tier)
+        return RetrievalSelection(full_cache, index, facts.windows, retrieval.budget, retrieval.newest_share, summary)
 
     def _retriever(self, target) -> RetrievalDrafter:
         tail = _retrieval_tail_tokens(self._config, self._max_new_tokens)
         budget, slack = self._config.cache.retrieval.budget, self._plan.slack_tokens
-        cache = RetrievalCache(self._prepared.target.cache_shape, budget, tail, slack, self._device_tier)
+        num_summaries = 0
+        if group_tokens := self._config.cache.retrieval.summary_tokens:
+            num_summaries = self._plan.max_tokens // group_tokens
+        shape = self._prepared.target.cache_shape
+        cache = RetrievalCache(shape, budget, tail, slack, self._device_tier, num_summaries)
         return RetrievalDrafter(RetrievalModel(target, cache), self._coupling(LEVEL_RETRIEVAL))
 
     def _drafter(self, vocab_size: int):

@@ -32,6 +32,7 @@ from conf.schema import (
 )
 from launch.engine import prepare
 from tiers.chunk_index import ChunkIndex
+from tiers.context_summary import ContextSummary
 from tiers.device_tier import DeviceTier
 from tiers.full_cache import DeviceLayer, FullCache
 from tiers.retrieval_cache import RetrievalCache
@@ -41,7 +42,8 @@ from workers.acceptance import KeyedRandom, distribution
 from workers.model import RetrievalModel, StreamingModel, TargetModel
 from workers.pretrained import load_model
 
-RETRIEVAL, RECENT, DRAFTER = "retrieval", "recent window", "drafter"
+RETRIEVAL, CHOSEN, RECENT, DRAFTER = "retrieval", "chosen chunks alone", "recent window", "drafter"
+KINDS = (RETRIEVAL, CHOSEN, RECENT, DRAFTER)
 
 
 def read_document(path: Path) -> str:
@@ -70,12 +72,18 @@ class Measurement:
         target_weights, drafter_weights = models
         cache = FullCache([DeviceLayer(shape, capacity, tier) for _ in facts.windows], facts.windows, None)
         index = ChunkIndex(shape, capacity, cfg.chunk_size, tier)
+        summary = ContextSummary(shape, capacity, cfg.summary_tokens, tier)
+        num_groups = capacity // cfg.summary_tokens
         self._selections, self._drafts = {}, {}
         for budget in cfg.budgets:
-            for name, share in ((RETRIEVAL, cfg.newest_share), (RECENT, 1.0)):
+            for name, share, of_rest, num_summaries in (
+                (RETRIEVAL, cfg.newest_share, summary, num_groups),
+                (CHOSEN, cfg.newest_share, None, 0),
+                (RECENT, 1.0, None, 0),
+            ):
                 key = (name, int(budget))
-                self._selections[key] = RetrievalSelection(cache, index, facts.windows, budget, share)
-                draft_cache = RetrievalCache(shape, budget, cfg.new_tokens + 64, 8, tier)
+                self._selections[key] = RetrievalSelection(cache, index, facts.windows, budget, share, of_rest)
+                draft_cache = RetrievalCache(shape, budget, cfg.new_tokens + 64, 8, tier, num_summaries)
                 self._drafts[key] = RetrievalModel(target_weights, draft_cache)
         self._target = TargetModel(
             target_weights, cache, piece_tokens=1024, selection=next(iter(self._selections.values()))
@@ -88,9 +96,12 @@ class Measurement:
         random, sums = KeyedRandom(seed), {}
         self._target.prefill(prompt[:-1])
         self._drafter.prefill(prompt[:-1])
+        self._queries: dict[int, list[torch.Tensor]] = {}
         token = self._first_token(random, prompt[-1])
         for step in range(self._cfg.new_tokens):
             target_probs = self._probs(self._target.append([token], 1))
+            for layer, q in self._target.queries.items():
+                self._queries.setdefault(layer, []).append(q)
             drafts = {key: self._probs(model.append([token], 1)) for key, model in self._drafts.items()}
             drafter_probs = self._probs(self._drafter.append([token], 1))
             pairs = {key: (target_probs, probs) for key, probs in drafts.items()}
@@ -101,9 +112,16 @@ class Measurement:
                 entry["gumbel"] += gumbel_match(p, q) / self._cfg.new_tokens
             token = random.choose(target_probs, self._target.length, 0)
             if (step + 1) % self._cfg.rounds_of == 0:
-                for key, selection in self._selections.items():
-                    self._drafts[key].load(selection.follow())
+                self._refresh()
         return sums
+
+    def _refresh(self) -> None:
+        """As after a verification: true keys and values, or chunks chosen anew for the queries of these tokens."""
+        queries = {layer: torch.cat(parts, dim=2) for layer, parts in self._queries.items()}
+        self._queries.clear()
+        for key, selection in self._selections.items():
+            update = selection.rebuild(queries) if self._cfg.rebuild else selection.follow()
+            self._drafts[key].load(update)
 
     def _first_token(self, random: KeyedRandom, token: int) -> int:
         """Reads the prompt's last token, with whose queries the draft caches are built; samples the next one."""
@@ -121,11 +139,11 @@ class Measurement:
 def table(rows: list[dict]) -> str:
     """Markdown: one line per document and context, one column per draft and budget."""
     budgets = sorted({row["budget"] for row in rows})
-    heads = [f"{kind} {budget}" for kind in (RETRIEVAL, RECENT, DRAFTER) for budget in budgets]
+    heads = [f"{kind} {budget}" for kind in KINDS for budget in budgets]
     lines = ["| document | context | " + " | ".join(heads) + " |", "|---|---|" + "---|" * len(heads)]
     for document, context in sorted({(row["document"], row["context"]) for row in rows}):
         cells = {(r["kind"], r["budget"]): r for r in rows if (r["document"], r["context"]) == (document, context)}
-        values = [cells[kind, budget] for kind in (RETRIEVAL, RECENT, DRAFTER) for budget in budgets]
+        values = [cells[kind, budget] for kind in KINDS for budget in budgets]
         numbers = [f"{value['maximal']:.3f} / {value['gumbel']:.3f}" for value in values]
         lines.append(f"| {document} | {context} | " + " | ".join(numbers) + " |")
     return "\n".join(lines) + "\n"

@@ -46,6 +46,7 @@ def tiny_run(
     gamma2: int = 6,
     budget: int = 4 * CHUNK,
     rebuild: str = "adaptive",
+    summary_tokens: int = 2 * CHUNK,
     sinks: int = 4,
     window: int = 40,
     sampling: SamplingConfig = GREEDY,
@@ -59,7 +60,7 @@ def tiny_run(
         decoding=DecodingConfig(mode=mode, gamma1=gamma1, gamma2=gamma2),
         cache=CacheConfig(
             full=FullCacheConfig(tier=tier, block_tokens=str(BLOCK_TOKENS)),
-            retrieval=RetrievalCacheConfig(budget=budget, chunk_size=CHUNK, rebuild=rebuild),
+            retrieval=RetrievalCacheConfig(budget=budget, chunk_size=CHUNK, rebuild=rebuild, summary_tokens=summary_tokens),
             streaming=StreamingCacheConfig(sinks=sinks, window=window),
         ),
         sampling=sampling,

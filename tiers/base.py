@@ -64,6 +64,7 @@ class Segment:
     `start` is the position of the first key where they are contiguous; else `positions` [H, N] has one for each.
     The last `num_new` keys belong to the tokens being read now, which see each other causally. Behind them come
     `num_pad` slots of no meaning but finite: with them the number of keys takes few values (see QUANTUM).
+    `bias` [H, N] is added to the scores of every query: the logarithm of how many tokens a key stands for.
     """
 
     k: torch.Tensor
@@ -72,6 +73,7 @@ class Segment:
     positions: torch.Tensor | None = None
     num_new: int = 0
     num_pad: int = 0
+    bias: torch.Tensor | None = None
 
 
 class KVCache(Protocol):

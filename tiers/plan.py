@@ -28,6 +28,8 @@ class PlanInput:
     retrieval_slots: int = 0
     """Budget and tail of the retrieval cache, per layer and kv head; 0: no such level."""
     chunk_size: int = 8
+    summary_tokens: int = 0
+    """Of one group of tokens that are not chosen; 0: they are left out."""
     drafter_shape: CacheShape | None = None
     drafter_weight_bytes: int = 0
     drafter_slots: int = 0
@@ -121,8 +123,13 @@ def _plan_with(inputs: PlanInput, cache: CacheConfig, num_device_layers: int) ->
         slots = padded(inputs.retrieval_slots)
         positions = shape.num_layers * shape.num_kv_heads * slots * 8
         plan.device_bytes["retrieval cache"] = slots * shape.bytes_per_token + positions
-        plan.device_bytes["retrieval update"] = plan.device_bytes["retrieval cache"]  # what a rebuild brings, at most
         plan.device_bytes["chunk means"] = capacity // inputs.chunk_size * shape.bytes_per_token // 2
+        if inputs.summary_tokens:
+            heads, groups = shape.num_layers * shape.num_kv_heads, inputs.max_tokens // inputs.summary_tokens
+            plan.device_bytes["retrieval cache"] += padded(groups) * (shape.bytes_per_token + heads * 4)
+            num_sums = -(-capacity // inputs.summary_tokens) * heads * 2 * shape.head_dim
+            plan.device_bytes["sums of groups"] = num_sums * 4
+        plan.device_bytes["retrieval update"] = plan.device_bytes["retrieval cache"]  # what a rebuild brings, at most
     if inputs.drafter_shape is not None:
         plan.device_bytes["streaming cache"] = padded(inputs.drafter_slots) * inputs.drafter_shape.bytes_per_token
     return plan

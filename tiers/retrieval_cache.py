@@ -1,10 +1,12 @@
-"""Level 2: the retrieval cache. Chosen chunks of the context, then all newer tokens.
+"""Level 2: the retrieval cache. Chosen chunks of the context, all newer tokens, and a summary of the rest.
 
 slots of a layer            hold                                            written by
 [0, num_retrieved)          tokens of the chosen chunks, other ones per     load
                             kv head, ascending by position
 [num_retrieved, ...)        the tokens from position `base` on              append (drafted keys and values),
                                                                             replace (the verifier's true ones)
+
+The summary has slots of its own, written by load at a rebuild.
 """
 
 from __future__ import annotations
@@ -15,14 +17,16 @@ from dataclasses import dataclass
 import torch
 
 from tiers.base import CacheShape, Segment, Tier, padded
+from tiers.context_summary import Summary
 
 
 @dataclass(slots=True)
 class RetrievalUpdate:
     """What the verifier tells the retrieval cache: the true keys and values of some tokens.
 
-    `kv[layer]` is (k, v), [H, n, D] each. A rebuild brings the chosen chunks, and `positions[layer]` [H, n] of them;
-    otherwise they are the tokens from position `start` on. Either way the cache then holds `length` tokens.
+    `kv[layer]` is (k, v), [H, n, D] each. A rebuild brings the chosen chunks, `positions[layer]` [H, n] of them, and
+    may bring a summary of the other tokens for each layer, or None for some; otherwise they are the tokens from
+    position `start` on. Either way the cache then holds `length` tokens.
     """
 
     is_rebuild: bool
@@ -30,23 +34,31 @@ class RetrievalUpdate:
     length: int
     kv: list[tuple[torch.Tensor, torch.Tensor]]
     positions: list[torch.Tensor] | None = None
+    summaries: list[Summary | None] | None = None
 
 
 class RetrievalCache:
     """See tiers.base.KVCache; `length` counts the tokens of the sequence, of which it holds a part.
 
     `tail_tokens` is the room for tokens after the last rebuild, `slack` of which tentative ones may need at once.
+    `num_summaries` groups of other tokens have room in each layer.
     """
 
-    def __init__(self, shape: CacheShape, budget: int, tail_tokens: int, slack: int, tier: Tier):
+    def __init__(
+        self, shape: CacheShape, budget: int, tail_tokens: int, slack: int, tier: Tier, num_summaries: int = 0
+    ):
         size = (shape.num_layers, 2, shape.num_kv_heads, padded(budget + tail_tokens), shape.head_dim)
         self._kv = tier.allocate(*size, dtype=shape.dtype).zero_()
         self._positions = tier.allocate(shape.num_layers, shape.num_kv_heads, size[3], dtype=torch.int64).zero_()
+        summary_size = (shape.num_layers, 2, shape.num_kv_heads, padded(num_summaries), shape.head_dim)
+        self._summary_kv = tier.allocate(*summary_size, dtype=shape.dtype).zero_()
+        self._summary_bias = tier.allocate(shape.num_layers, *summary_size[2:4], dtype=torch.float32)
         self._slack = slack
         self.reset()
 
     def reset(self) -> None:
         self.length = self.base = self._num_retrieved = self._num_new = 0
+        self._num_summaries = [0] * len(self._kv)
 
     @property
     def is_full(self) -> bool:
@@ -71,7 +83,18 @@ class RetrievalCache:
                 self._positions[layer, :, first:end] = torch.arange(
                     update.start, update.length, device=self._positions.device
                 )
+            if update.is_rebuild:
+                self._load_summary(layer, None if update.summaries is None else update.summaries[layer])
         self.length = update.length
+
+    def _load_summary(self, layer: int, summary: Summary | None) -> None:
+        count = 0 if summary is None else summary.k.shape[1]
+        self._num_summaries[layer] = count
+        if count:
+            self._summary_kv[layer, 0, :, :count] = summary.k
+            self._summary_kv[layer, 1, :, :count] = summary.v
+            self._summary_bias[layer, :, :count] = summary.log_count
+            self._summary_bias[layer, :, count:] = -torch.inf  # padding
 
     def begin(self, num_new: int) -> None:
         end = self._slot(self.length + num_new)
@@ -86,6 +109,9 @@ class RetrievalCache:
         self._kv[layer, 1, :, first : first + k.shape[1]] = v
 
     def segments(self, layer: int) -> Iterator[Segment]:
+        if count := padded(self._num_summaries[layer]):
+            k, v = self._summary_kv[layer, :, :, :count]
+            yield Segment(k, v, start=0, bias=self._summary_bias[layer, :, :count])
         end = self._slot(self.length + self._num_new)
         stop = padded(end)
         k, v = self._kv[layer, :, :, :stop]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tiers.chunk_index import ChunkIndex
+from tiers.context_summary import ContextSummary, Summary
 from tiers.full_cache import FullCache
 from tiers.retrieval_cache import RetrievalUpdate
 
@@ -13,19 +14,34 @@ class RetrievalSelection:
     """Fills a budget of tokens, per layer and kv head: the first chunk, the newest tokens, the best-scored chunks.
 
     `newest_share` of the budget goes to the newest tokens; with 1, the cache is a recent window with a sink, the
-    usual alternative to retrieval. `windows[layer]` is the layer's sliding window in tokens, or None.
+    usual alternative to retrieval. `windows[layer]` is the layer's sliding window in tokens, or None. `summary` tells
+    of the tokens that are not chosen, in layers without a window; None leaves them out.
     """
 
     def __init__(
-        self, cache: FullCache, index: ChunkIndex, windows: list[int | None], budget: int, newest_share: float
+        self,
+        cache: FullCache,
+        index: ChunkIndex,
+        windows: list[int | None],
+        budget: int,
+        newest_share: float,
+        summary: ContextSummary | None = None,
     ):
-        self.index = index
+        self.index, self._summary = index, summary
         self._cache, self._windows, self._budget, self._newest_share = cache, windows, budget, newest_share
         self._num_sent = 0
 
     def reset(self) -> None:
         self.index.reset()
+        if self._summary is not None:
+            self._summary.reset()
         self._num_sent = 0
+
+    def observe(self, layer: int, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Takes keys and values [H, T, D] that are final, as prefill appends them from position `start` on."""
+        self.index.observe(layer, start, k)
+        if self._summary is not None:
+            self._summary.observe(layer, start, k, v)
 
     def follow(self) -> RetrievalUpdate:
         """Keys and values of the tokens since the last update."""
@@ -38,6 +54,8 @@ class RetrievalSelection:
     def rebuild(self, queries: dict[int, torch.Tensor]) -> RetrievalUpdate:
         """The chunks that matter to `queries` (per layer [H, G, T, D], T >= 1); all of the cache's tokens are final."""
         self.index.catch_up(self._cache)
+        if self._summary is not None:
+            self._summary.catch_up(self._cache)
         self._num_sent = self._cache.length
         chosen = [self._retrieve(layer, queries[layer]) for layer in range(len(self._windows))]
         return RetrievalUpdate(
@@ -46,7 +64,14 @@ class RetrievalSelection:
             length=self._cache.length,
             kv=[(k, v) for k, v, _ in chosen],
             positions=[positions for _, _, positions in chosen],
+            summaries=[self._summary_of_rest(layer, *chosen[layer]) for layer in range(len(self._windows))],
         )
+
+    def _summary_of_rest(self, layer: int, k, v, positions) -> Summary | None:
+        """A sliding window moves on past what is summed up: its layers do without."""
+        if self._summary is None or self._windows[layer] is not None:
+            return None
+        return self._summary.rest(layer, positions, k, v)
 
     def _retrieve(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys, values [H, n, D] and positions [H, n]: the chosen chunks, then the last, incomplete chunk."""

@@ -27,7 +27,10 @@ SCORES_MAX_BYTES = 64 << 20
 
 @dataclass(slots=True)
 class ForwardPass:
-    """What one forward pass works on; `observe(layer, q, k)` sees each layer's queries [H, G, T, D], keys [H, T, D]."""
+    """What one forward pass works on; `observe(layer, q, k, v)` sees each layer's queries, keys and values.
+
+    Queries [H, G, T, D]; keys and values [H, T, D].
+    """
 
     cache: KVCache
     first_position: int
@@ -67,7 +70,7 @@ def cached_attention(
     q = query[0].unflatten(0, (k.shape[0], -1))
     forward_pass.cache.append(module.layer_idx, k, v)
     if forward_pass.observe is not None:
-        forward_pass.observe(module.layer_idx, q, k)
+        forward_pass.observe(module.layer_idx, q, k, v)
     out = attend(
         q,
         forward_pass.cache.segments(module.layer_idx),
@@ -94,6 +97,9 @@ def attend(q, segments, *, first_position, scale, window=None, softcap=None, sin
     num_rows = groups * num_new
     use_flash = num_rows > MATMUL_MAX_ROWS and softcap is None
     for segment in segments:
+        if segment.bias is not None:
+            merged.add(*_by_matmul(q.flatten(1, 2), segment.k, segment.v, scale, None, softcap, segment.bias))
+            continue
         for part in _split(segment) if use_flash else [segment]:
             sees = _visibility(part, num_new, first_position, window)
             if use_flash and sees is ALL:
@@ -155,10 +161,10 @@ def _tail_mask(num_new: int, width: int, num_pad: int, device: torch.device) -> 
     return (slots > last_seen[:, None])[None]
 
 
-def _by_matmul(q_HRD, k, v, scale, mask, softcap):
+def _by_matmul(q_HRD, k, v, scale, mask, softcap, bias=None):
     """(out [H, R, D], log-sum-exp [H, R, 1]) in fp32 (fp64 for fp64); rows in slices that bound the scores' memory.
 
-    `mask` [1 or H, R, n] hides some of the last n keys.
+    `mask` [1 or H, R, n] hides some of the last n keys; `bias` [H, N] is added to each row's scores.
     """
     row_bytes = k.shape[0] * k.shape[1] * 4
     rows_at_once = max(1, SCORES_MAX_BYTES // row_bytes)
@@ -171,6 +177,7 @@ def _by_matmul(q_HRD, k, v, scale, mask, softcap):
                 scale,
                 None if mask is None else mask[:, at : at + rows_at_once],
                 softcap,
+                bias,
             )
             for at in range(0, q_HRD.shape[1], rows_at_once)
         ]
@@ -183,6 +190,8 @@ def _by_matmul(q_HRD, k, v, scale, mask, softcap):
     scores = (scores if scores.dtype == torch.float64 else scores.float()) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores += bias[:, None]
     if mask is not None:
         scores[..., scores.shape[-1] - mask.shape[-1] :].masked_fill_(mask, -torch.inf)
     # A row that sees nothing here has no finite score: a finite maximum keeps NaN out of it.

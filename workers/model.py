@@ -69,7 +69,7 @@ class TargetModel:
         self._model.start_sequence(len(tokens) + 1)
         for at in range(0, len(tokens), self._piece_tokens):
             piece = tokens[at : at + self._piece_tokens]
-            self._model.forward(piece, self._cache, 1, self._index_keys)
+            self._model.forward(piece, self._cache, 1, self._take_final)
             self.on_prefill_progress(at + len(piece), len(tokens))
 
     def append(self, tokens: list[int], num_logits: int) -> torch.Tensor:
@@ -79,11 +79,11 @@ class TargetModel:
     def truncate(self, length: int) -> None:
         self._cache.truncate(length)
 
-    def _index_keys(self, layer: int, q, k) -> None:
+    def _take_final(self, layer: int, q, k, v) -> None:
         if self._selection is not None:
-            self._selection.index.observe(layer, self._cache.length, k)
+            self._selection.observe(layer, self._cache.length, k, v)
 
-    def _keep_queries(self, layer: int, q, k) -> None:
+    def _keep_queries(self, layer: int, q, k, v) -> None:
         self.queries[layer] = q
 
     def retrieval_update(self, *, rebuild: bool) -> RetrievalUpdate:

@@ -36,7 +36,14 @@ THIRD_PARTY_FENCES = {
 }
 """Library: the files and folders that may import it."""
 
-CACHES_MAY_IMPORT = {"tiers.base", "tiers.transfer", "tiers.full_cache", "tiers.chunk_index", "tiers.retrieval_cache"}
+CACHES_MAY_IMPORT = {
+    "tiers.base",
+    "tiers.transfer",
+    "tiers.full_cache",
+    "tiers.chunk_index",
+    "tiers.context_summary",
+    "tiers.retrieval_cache",
+}
 """Other caches, sizes and streams: what a cache's memory is, it is told."""
 
 ROLES = ("workers.drafter", "workers.lookup_drafter", "workers.retrieval_drafter", "workers.target_verifier")

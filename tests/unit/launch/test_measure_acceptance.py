@@ -34,7 +34,7 @@ def run(tmp_path, monkeypatch, **changes) -> dict[tuple[str, int], dict]:
     monkeypatch.chdir(ROOT)
     measure.main.__wrapped__(cfg)
     rows = [OmegaConf.create(line) for line in (tmp_path / "out/rows.jsonl").read_text().splitlines()]
-    assert len(rows) == 3 * len(cfg.budgets)
+    assert len(rows) == len(measure.KINDS) * len(cfg.budgets)
     assert (tmp_path / "out/table.md").read_text().count("\n") == 3
     return {(row.kind, row.budget): row for row in rows}
 
@@ -46,4 +46,4 @@ def test_a_budget_above_the_context_is_accepted_always_and_a_small_one_not(tmp_p
         assert rows[kind, 1024].gumbel == pytest.approx(1, abs=1e-4)
         assert rows[kind, 64].maximal < 0.999
     for row in rows.values():
-        assert row.gumbel <= row.maximal + 1e-9
+        assert row.gumbel <= row.maximal + 1e-6  # sums of fp32

@@ -282,14 +282,30 @@ def test_interface_orders_heads_as_transformers_does_and_scales_by_default():
     assert_near(out, wanted.flatten(0, 1).transpose(0, 1)[None], torch.float32)
 
 
-def test_observer_sees_queries_and_keys_of_the_new_tokens():
+def test_observer_sees_queries_keys_and_values_of_the_new_tokens():
     cache, seen = one_layer_cache(), []
     q, k, v = random_qkv(2, 4, 4)
     call_as_transformers_does(
-        cache, q.flatten(0, 1)[None], k[None], v[None], observe=lambda layer, q, k: seen.append((layer, q, k))
+        cache, q.flatten(0, 1)[None], k[None], v[None], observe=lambda layer, q, k, v: seen.append((layer, q, k, v))
     )
-    ((layer, q_seen, k_seen),) = seen
-    assert layer == 0 and torch.equal(q_seen, q) and torch.equal(k_seen, k)
+    ((layer, q_seen, k_seen, v_seen),) = seen
+    assert layer == 0 and torch.equal(q_seen, q) and torch.equal(k_seen, k) and torch.equal(v_seen, v)
+
+
+@pytest.mark.parametrize("num_new", [1, 9, 100])
+def test_key_with_a_bias_counts_as_so_many_tokens(num_new):
+    q, k, v = random_qkv(2, num_new, 12)
+    counts = torch.tensor([[1, 3, 0, 2], [5, 1, 1, 0]])
+    repeated = [[rows[head, :4].repeat_interleave(counts[head], 0) for head in (0, 1)] for rows in (k, v)]
+    new = Segment(k[:, 4:], v[:, 4:], start=7)
+    for head in (0, 1):
+        summed = Segment(k[:, :4], v[:, :4], start=0, bias=counts.log())
+        got = attend(q, [summed, new], first_position=40, scale=0.3)[head]
+        one = slice(head, head + 1)
+        spelled_out = Segment(repeated[0][head][None], repeated[1][head][None], start=0)
+        new_of_head = Segment(k[one, 4:], v[one, 4:], start=7)
+        wanted = attend(q[one], [spelled_out, new_of_head], first_position=40, scale=0.3)[0]
+        torch.testing.assert_close(got, wanted, rtol=0, atol=2e-6)
 
 
 def test_failed_pass_leaves_the_cache_as_it_was_and_no_pass_active():
