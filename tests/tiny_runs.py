@@ -60,7 +60,9 @@ def tiny_run(
         decoding=DecodingConfig(mode=mode, gamma1=gamma1, gamma2=gamma2),
         cache=CacheConfig(
             full=FullCacheConfig(tier=tier, block_tokens=str(BLOCK_TOKENS)),
-            retrieval=RetrievalCacheConfig(budget=budget, chunk_size=CHUNK, rebuild=rebuild, summary_tokens=summary_tokens),
+            retrieval=RetrievalCacheConfig(
+                budget=budget, chunk_size=CHUNK, rebuild=rebuild, summary_tokens=summary_tokens
+            ),
             streaming=StreamingCacheConfig(sinks=sinks, window=window),
         ),
         sampling=sampling,
