@@ -35,6 +35,7 @@ class FullCacheTier(StrEnum):
     auto = "auto"
     device = "device"
     host = "host"
+    disk = "disk"
 
 
 class Coupling(StrEnum):
@@ -156,20 +157,27 @@ class FullCacheConfig:
     """Level 3: the target's whole cache."""
 
     tier: FullCacheTier = FullCacheTier.auto
-    """device, host, or auto: as many layers on the device as fit, the rest on the host."""
+    """device, host, disk, or auto: as many layers on the device as fit, of the rest as many on the host as fit, the
+    others on disk."""
     device_layers: str = "auto"
-    """Layers kept on the device when others are on the host: an integer, or auto."""
+    """Layers kept on the device when others are not: an integer, or auto."""
+    host_layers: str = "auto"
+    """Layers kept on the host when others are on disk: an integer, or auto."""
     block_tokens: str = "auto"
-    """Tokens of one block: what the host tier stores and streams as one piece; auto: about 1 MiB."""
-    stream_buffers: int = 2
-    """Blocks in flight between host and device."""
+    """Tokens of one block: what a tier stores and streams as one piece; auto: about 1 MiB."""
+    stream_buffers: int = 4
+    """Blocks in flight to the device."""
 
     def __post_init__(self) -> None:
         parse_auto_count("cache.full.device_layers", self.device_layers, ("auto",))
+        parse_auto_count("cache.full.host_layers", self.host_layers, ("auto",))
         parse_auto_count("cache.full.block_tokens", self.block_tokens, ("auto",), minimum=1)
         contradicts = self.tier == FullCacheTier.device and self.device_layers != "auto"
         rule = "auto where cache.full.tier is device, which puts every layer there"
         require(not contradicts, "cache.full.device_layers", self.device_layers, rule)
+        contradicts = self.tier in (FullCacheTier.device, FullCacheTier.host) and self.host_layers != "auto"
+        rule = f"auto where cache.full.tier is {self.tier}"
+        require(not contradicts, "cache.full.host_layers", self.host_layers, rule)
         require(2 <= self.stream_buffers <= 64, "cache.full.stream_buffers", self.stream_buffers, "between 2 and 64")
 
 
@@ -180,6 +188,41 @@ class CacheConfig:
     full: FullCacheConfig = field(default_factory=FullCacheConfig)
     retrieval: RetrievalCacheConfig = field(default_factory=RetrievalCacheConfig)
     streaming: StreamingCacheConfig = field(default_factory=StreamingCacheConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class LinkConfig:
+    """The link from host to device."""
+
+    gb_per_s: float | None = None
+    """Emulate a link of this speed, to study offloading on a machine without a GPU: copies to the device take turns,
+    each as long as at this many 1e9 bytes a second. null: as fast as the machine is."""
+
+    def __post_init__(self) -> None:
+        legal = self.gb_per_s is None or (math.isfinite(self.gb_per_s) and self.gb_per_s > 0)
+        require(legal, "tiers.link.gb_per_s", self.gb_per_s, "above 0, for example 25, or null")
+
+
+@dataclass(kw_only=True, slots=True)
+class DiskConfig:
+    """The disk tier."""
+
+    folder: str | None = None
+    """Where its files are, which have no name and vanish with the run; null: the run's output folder."""
+    readers: int = 4
+    """Reads in flight."""
+
+    def __post_init__(self) -> None:
+        require(self.folder != "", "tiers.disk.folder", self.folder, "a folder that can be written, or null")
+        require(1 <= self.readers <= 64, "tiers.disk.readers", self.readers, "between 1 and 64")
+
+
+@dataclass(kw_only=True, slots=True)
+class TiersConfig:
+    """The kinds of memory and what is between them."""
+
+    link: LinkConfig = field(default_factory=LinkConfig)
+    disk: DiskConfig = field(default_factory=DiskConfig)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -265,6 +308,8 @@ class PlacementConfig:
     """Plan for this much memory on the device; null: what is free."""
     host_memory_gib: float | None = None
     """Plan for this much memory on the host; null: what is free, within the cgroup's limit."""
+    disk_gib: float | None = None
+    """Plan for this much of the disk; null: what is free in tiers.disk.folder."""
 
     def __post_init__(self) -> None:
         parts = self.device.split(":")
@@ -273,7 +318,7 @@ class PlacementConfig:
         )
         require(legal, "placement.device", self.device, "auto, cpu, cuda or cuda:N")
         parse_auto_count("placement.threads", self.threads, ("auto",), minimum=1)
-        for key in ("device_memory_gib", "host_memory_gib"):
+        for key in ("device_memory_gib", "host_memory_gib", "disk_gib"):
             value = getattr(self, key)
             legal = value is None or (math.isfinite(value) and value > 0)
             require(legal, f"placement.{key}", value, "above 0, or null")
@@ -286,6 +331,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    tiers: TiersConfig = field(default_factory=TiersConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)

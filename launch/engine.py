@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from conf.schema import LOOKUP_DRAFTER, ConfigError, Dtype, RunConfig
+from launch.sizing import (
+    PIECE_TOKENS,
+    FreeBytes,
+    ModelSize,
+    plan_input,
+    retrieval_tail_tokens,
+    streaming_slack,
+)
 from orchestrator.hierarchy import Hierarchy
 from orchestrator.rebuild_policy import RebuildPolicy
 from orchestrator.session import Session
 from orchestrator.text_stream import TextStream
+from tiers.base import BlockShape, CacheShape
 from tiers.chunk_index import ChunkIndex
 from tiers.context_summary import ContextSummary
 from tiers.device_tier import DeviceTier
-from tiers.full_cache import DeviceLayer, FullCache, HostLayer
-from tiers.memory import device_free_bytes, host_free_bytes
+from tiers.disk_tier import DiskTier
+from tiers.errors import OutOfTierMemoryError
+from tiers.full_cache import BlockLayer, DeviceLayer, FullCache
+from tiers.memory import device_free_bytes, disk_free_bytes, host_free_bytes
 from tiers.pinned_host_tier import PinnedHostTier, can_pin
 from tiers.plan import MemoryPlan, PlanInput, make_plan
 from tiers.retrieval_cache import RetrievalCache
 from tiers.retrieval_selection import RetrievalSelection
 from tiers.streaming_llm_cache import StreamingLLMCache
-from tiers.transfer import make_streamer
+from tiers.transfer import BlockWriter, Link, make_streamer
 from workers.acceptance import KeyedRandom, make_coupling
 from workers.drafter import Drafter
 from workers.lookup_drafter import LookupDrafter
@@ -31,8 +46,6 @@ from workers.pretrained import ModelFacts, check_same_vocabulary, describe, load
 from workers.retrieval_drafter import RetrievalDrafter
 from workers.target_verifier import TargetVerifier
 
-PIECE_TOKENS = 1024
-MIN_STREAMING_SLACK = 64
 LEVEL_DRAFTER, LEVEL_RETRIEVAL, LEVEL_TARGET = 1, 2, 3
 
 
@@ -61,6 +74,10 @@ class Prepared:
 def prepare(config: RunConfig) -> Prepared:
     """Chooses device and dtype, reads configurations and tokenizers, checks that they fit. Raises ConfigError."""
     device = _choose_device(config.placement.device)
+    if device.type == "cuda" and config.tiers.link.gb_per_s is not None:
+        raise ConfigError(
+            f"tiers.link.gb_per_s is {config.tiers.link.gb_per_s}; it must be null on {device}, whose link is real"
+        )
     num_threads = _set_threads(config.placement.threads)
     dtype = _choose_dtype(config.model.dtype, device)
     target = describe("model.target", config.model.target, dtype)
@@ -101,23 +118,14 @@ def _choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if computes_bf16 else torch.float32
 
 
-def _streaming_slack(config: RunConfig) -> int:
-    return max(MIN_STREAMING_SLACK, 2 * _slack_tokens(config))
-
-
-def _slack_tokens(config: RunConfig) -> int:
-    """Most tentative tokens of a round: a block, what its last inner step brings on top, and the target's own."""
-    return config.decoding.gamma2 + config.decoding.gamma1 + 2
-
-
 def _check_drafter_window(config: RunConfig, drafter: ModelFacts) -> None:
     streaming = config.cache.streaming
-    most = drafter.max_positions - streaming.sinks - _streaming_slack(config)
+    most = drafter.max_positions - streaming.sinks - streaming_slack(config)
     if streaming.window > most:
         raise ConfigError(
             f"cache.streaming.window is {streaming.window}; it must be at most {most}: the drafter knows "
             f"{drafter.max_positions} positions, {streaming.sinks} of them for cache.streaming.sinks and "
-            f"{_streaming_slack(config)} for tokens in flight"
+            f"{streaming_slack(config)} for tokens in flight"
         )
 
 
@@ -130,25 +138,27 @@ class Engine:
     notes: list[str]
     _device: torch.device
     _tiers: list
+    _disk_tier: DiskTier
+    _link: Link
     _weight_bytes: int
     _full_cache: FullCache
     _target: TargetModel
 
     def on_prefill_progress(self, callback) -> None:
-        """`callback(num_read, num_tokens)` is called after each piece of the prompt."""
+        """`callback(done, total)`, in tokens through all layers, is called as the prompt is read."""
         self._target.on_prefill_progress = callback
 
     def memory_report(self) -> dict[str, dict[str, int]]:
         """Planned and peak bytes of each tier; peak: what the allocator (CUDA) or our tiers have handed out."""
-        peaks = {tier.name: tier.peak_bytes for tier in self._tiers}
+        peaks = {tier.name: tier.peak_bytes for tier in (*self._tiers, self._disk_tier)}
         peaks["device"] += self._weight_bytes
         if self._device.type == "cuda":
             peaks["device"] = torch.cuda.max_memory_allocated(self._device)
         totals = self.plan.totals
         return {name: {"planned_bytes": totals[name], "peak_bytes": peaks[name]} for name in totals}
 
-    def streaming_report(self) -> dict[str, float]:
-        """What was streamed from the host tier."""
+    def streaming_report(self) -> dict[str, float | None]:
+        """What was streamed from host and disk; `emulated_link_gb_per_s` is null where the link is the machine's."""
         stats = self._full_cache.stream_stats
         rate = stats.num_bytes / stats.seconds / 1e9 if stats.seconds else 0.0
         return {
@@ -156,10 +166,13 @@ class Engine:
             "seconds": stats.seconds,
             "gb_per_s": rate,
             "stall_s": stats.stall_seconds,
+            "emulated_link_gb_per_s": self._link.gb_per_s,
+            "damaged_blocks": self._disk_tier.num_damaged,
         }
 
     def close(self) -> None:
         self._full_cache.close()
+        self._disk_tier.close()
 
 
 def build(config: RunConfig, prepared: Prepared, prompt_ids: list[int], max_new_tokens: int, seed: int) -> Engine:
@@ -168,7 +181,13 @@ def build(config: RunConfig, prepared: Prepared, prompt_ids: list[int], max_new_
     config = _with_budget_in_context(config, len(prompt_ids), notes := list(prepared.notes))
     plan = make_plan(_plan_input(config, prepared, max_tokens, max_new_tokens), config.cache)
     notes.append(plan.reason)
-    return _Builder(config, prepared, plan, seed, max_new_tokens, notes).build(prompt_ids)
+    try:
+        return _Builder(config, prepared, plan, seed, max_new_tokens, notes).build(prompt_ids)
+    except OutOfTierMemoryError as error:
+        raise ConfigError(
+            f"{error}. A smaller prompt.max_tokens (it is {config.prompt.max_tokens}) needs less; "
+            "page-locked memory is limited by `ulimit -l` too"
+        ) from error
 
 
 def _with_budget_in_context(config: RunConfig, num_prompt_tokens: int, notes: list[str]) -> RunConfig:
@@ -180,41 +199,32 @@ def _with_budget_in_context(config: RunConfig, num_prompt_tokens: int, notes: li
     return replace(config, cache=replace(config.cache, retrieval=replace(retrieval, budget=most)))
 
 
-def _retrieval_tail_tokens(config: RunConfig, max_new_tokens: int) -> int:
-    """Room for the tokens after a rebuild: all of them if there is none, else half a budget."""
-    tail = max_new_tokens
-    if config.cache.retrieval.rebuild != "never":
-        tail = min(tail, max(config.cache.retrieval.budget // 2, 4 * _slack_tokens(config)))
-    return tail + config.cache.retrieval.chunk_size + 2 * _slack_tokens(config)
-
-
 def _plan_input(config: RunConfig, prepared: Prepared, max_tokens: int, max_new_tokens: int) -> PlanInput:
-    target, drafter, gib = prepared.target, prepared.drafter, 2**30
-    text_config = target.config.get_text_config()
-    intermediate = getattr(text_config, "intermediate_size", None) or 4 * text_config.hidden_size
-    # A piece of the prompt passes through a layer: hidden states, the MLP's two inputs, attention's fp32 output.
-    activation_bytes = PIECE_TOKENS * 4 * (4 * text_config.hidden_size + 3 * intermediate)
-    slots = 0
-    if config.uses_retrieval:
-        slots = config.cache.retrieval.budget + _retrieval_tail_tokens(config, max_new_tokens)
-    device_limit, host_limit = config.placement.device_memory_gib, config.placement.host_memory_gib
-    streaming = config.cache.streaming
-    return PlanInput(
-        target_shape=target.cache_shape,
-        target_weight_bytes=target.num_weight_bytes,
-        max_tokens=max_tokens,
-        slack_tokens=_slack_tokens(config),
-        retrieval_slots=slots,
-        chunk_size=config.cache.retrieval.chunk_size,
-        summary_tokens=config.cache.retrieval.summary_tokens,
-        drafter_shape=drafter.cache_shape if drafter else None,
-        drafter_weight_bytes=drafter.num_weight_bytes if drafter else 0,
-        drafter_slots=streaming.sinks + streaming.window + _streaming_slack(config) if drafter else 0,
-        activation_bytes=activation_bytes,
-        device_free_bytes=int(device_limit * gib) if device_limit else device_free_bytes(prepared.device),
-        host_free_bytes=int(host_limit * gib) if host_limit else host_free_bytes(),
+    gib, placement = 2**30, config.placement
+    device_limit, host_limit, disk_limit = placement.device_memory_gib, placement.host_memory_gib, placement.disk_gib
+    free = FreeBytes(
+        device=int(device_limit * gib) if device_limit else device_free_bytes(prepared.device),
+        host=int(host_limit * gib) if host_limit else host_free_bytes(),
+        disk=int(disk_limit * gib) if disk_limit else disk_free_bytes(_disk_folder(config)),
         device_is_host=prepared.device.type != "cuda",
     )
+    drafter = _size_of(prepared.drafter) if prepared.drafter else None
+    tokens = {"max_tokens": max_tokens, "max_new_tokens": max_new_tokens}
+    return plan_input(config, _size_of(prepared.target), drafter, **tokens, free=free)
+
+
+def _size_of(facts: ModelFacts) -> ModelSize:
+    text_config = facts.config.get_text_config()
+    return ModelSize(
+        cache_shape=facts.cache_shape,
+        num_weight_bytes=facts.num_weight_bytes,
+        hidden_size=text_config.hidden_size,
+        intermediate_size=getattr(text_config, "intermediate_size", None) or 4 * text_config.hidden_size,
+    )
+
+
+def _disk_folder(config: RunConfig) -> Path:
+    return Path(config.tiers.disk.folder or config.output)
 
 
 class _Builder:
@@ -227,6 +237,12 @@ class _Builder:
         self._host_tier = PinnedHostTier(pin=prepared.device.type == "cuda" and can_pin())
         if prepared.device.type == "cuda" and not self._host_tier.pin and plan.host_bytes:
             notes.append("host memory is not pinned (cupy is missing): copies will be slow")
+        if plan.num_disk_layers:
+            _disk_folder(config).mkdir(parents=True, exist_ok=True)
+        self._disk_tier = DiskTier(_disk_folder(config))
+        self._link = Link(config.tiers.link.gb_per_s)
+        if self._link.gb_per_s is not None:
+            notes.append(f"the link from host to device is emulated: {self._link.gb_per_s:g} GB/s")
         self._random = KeyedRandom(seed)
 
     def build(self, prompt_ids: list[int]) -> Engine:
@@ -238,6 +254,7 @@ class _Builder:
             target,
             full_cache,
             piece_tokens=PIECE_TOKENS,
+            hidden_tier=self._device_tier if self._plan.hidden_tier == "device" else self._host_tier,
             selection=self._selection(full_cache) if config.uses_retrieval else None,
         )
         hierarchy = Hierarchy(
@@ -261,6 +278,8 @@ class _Builder:
             notes=self._notes,
             _device=prepared.device,
             _tiers=[self._device_tier, self._host_tier],
+            _disk_tier=self._disk_tier,
+            _link=self._link,
             _weight_bytes=weights,
             _full_cache=full_cache,
             _target=target_model,
@@ -273,23 +292,35 @@ class _Builder:
         return make_coupling(self._config.sampling, self._random, level, is_last=level == LEVEL_TARGET)
 
     def _full_cache(self) -> FullCache:
-        plan, facts = self._plan, self._prepared.target
-        shape, slack = facts.cache_shape, plan.slack_tokens
-        num_host_layers = shape.num_layers - plan.num_device_layers
-        # Host layers come first: their stream starts with the pass.
+        plan, facts, config = self._plan, self._prepared.target, self._config
+        shape, slack, device = facts.cache_shape, plan.slack_tokens, self._prepared.device
+        block = BlockShape(
+            num_kv_heads=shape.num_kv_heads, num_tokens=plan.block_tokens, head_dim=shape.head_dim, dtype=shape.dtype
+        )
+        # Layers in blocks come first, the slowest first of all: their stream starts with the pass.
+        tiers = [self._disk_tier] * plan.num_disk_layers + [self._host_tier] * plan.num_host_layers
+        num_blocks = plan.max_tokens // plan.block_tokens
         layers: list = [
-            HostLayer(shape, plan.max_tokens, plan.block_tokens, slack, self._host_tier, self._device_tier)
-            for _ in range(num_host_layers)
+            BlockLayer(shape, tier.blocks(block, num_blocks), slack, self._device_tier, self._link) for tier in tiers
         ]
         layers += [
             DeviceLayer(shape, plan.max_tokens + slack, self._device_tier) for _ in range(plan.num_device_layers)
         ]
-        streamer = None
-        if num_host_layers:
-            block = (2, shape.num_kv_heads, plan.block_tokens, shape.head_dim)
-            device = self._prepared.device
-            streamer = make_streamer(block, shape.dtype, plan.stream_buffers, self._device_tier, device)
-        return FullCache(layers, facts.windows, streamer)
+        if not tiers:
+            return FullCache(layers, facts.windows)
+        readers = config.tiers.disk.readers if plan.num_disk_layers else 1
+        streamer = make_streamer(
+            block.size,
+            shape.dtype,
+            plan.stream_buffers,
+            self._device_tier,
+            device,
+            num_threads=readers,
+            link=self._link,
+            staging_tier=self._host_tier if plan.num_disk_layers else None,
+        )
+        make_space = partial(_space, shape, self._device_tier)
+        return FullCache(layers, facts.windows, streamer, BlockWriter(device), make_space)
 
     def _selection(self, full_cache: FullCache) -> RetrievalSelection:
         capacity, facts = self._plan.max_tokens + self._plan.slack_tokens, self._prepared.target
@@ -301,7 +332,7 @@ class _Builder:
         return RetrievalSelection(full_cache, index, facts.windows, retrieval.budget, retrieval.newest_share, summary)
 
     def _retriever(self, target) -> RetrievalDrafter:
-        tail = _retrieval_tail_tokens(self._config, self._max_new_tokens)
+        tail = retrieval_tail_tokens(self._config, self._max_new_tokens)
         budget, slack = self._config.cache.retrieval.budget, self._plan.slack_tokens
         num_summaries = 0
         if group_tokens := self._config.cache.retrieval.summary_tokens:
@@ -317,7 +348,17 @@ class _Builder:
             one_hot = coupling == "maximal" and not self._config.sampling.is_greedy
             return LookupDrafter(vocab_size, one_hot=one_hot)
         streaming = config.cache.streaming
-        slack = _streaming_slack(config)
+        slack = streaming_slack(config)
         cache = StreamingLLMCache(facts.cache_shape, streaming.sinks, streaming.window, slack, self._device_tier)
         model = load_model(facts, self._prepared.device, self_check=config.model.self_check)
         return Drafter(StreamingModel(model, cache), self._coupling(LEVEL_DRAFTER), vocab_size)
+
+
+@contextmanager
+def _space(shape: CacheShape, tier: DeviceTier, num_tokens: int) -> Iterator[DeviceLayer]:
+    """A layer on the device, while a prompt is read."""
+    layer = DeviceLayer(shape, num_tokens, tier)
+    try:
+        yield layer
+    finally:
+        tier.free(layer.kv)

@@ -31,6 +31,7 @@ from conf.schema import (
     StreamingCacheConfig,
 )
 from launch.engine import prepare
+from launch.sizing import PIECE_TOKENS
 from tiers.chunk_index import ChunkIndex
 from tiers.context_summary import ContextSummary
 from tiers.device_tier import DeviceTier
@@ -86,7 +87,11 @@ class Measurement:
                 draft_cache = RetrievalCache(shape, budget, cfg.new_tokens + 64, 8, tier, num_summaries)
                 self._drafts[key] = RetrievalModel(target_weights, draft_cache)
         self._target = TargetModel(
-            target_weights, cache, piece_tokens=1024, selection=next(iter(self._selections.values()))
+            target_weights,
+            cache,
+            piece_tokens=PIECE_TOKENS,
+            hidden_tier=tier,
+            selection=next(iter(self._selections.values())),
         )
         streaming = StreamingLLMCache(prepared.drafter.cache_shape, 4, cfg.window, 64, tier)
         self._drafter = StreamingModel(drafter_weights, streaming)

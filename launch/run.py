@@ -53,26 +53,28 @@ def check_start(config: RunConfig) -> None:
             f"WORLD_SIZE is {world_size} (torchrun --nproc-per-node); it must be 1: placement={config.placement.kind} "
             "plays all roles in one process"
         )
-    check_output(config.output)
+    check_folder("output", config.output, "outputs/run")
+    if config.tiers.disk.folder is not None:
+        check_folder("tiers.disk.folder", config.tiers.disk.folder, "outputs/disk")
     check_prompt(config.prompt)
     model_source("model.target", config.model.target)
     if config.model.drafter not in (LOOKUP_DRAFTER, NO_DRAFTER):
         model_source("model.drafter", config.model.drafter)
 
 
-def check_output(output: str) -> None:
-    """The run's folder can be made, or is there, and can be written; leaves nothing behind."""
-    example = "a folder that can be written, for example outputs/run"
-    if not output or "\0" in output:
-        raise ConfigError(f"output is {output!r}; it must be {example}")
-    nearest = Path(output).absolute()
+def check_folder(key: str, folder: str, example: str) -> None:
+    """The folder can be made, or is there, and can be written; leaves nothing behind."""
+    example = f"a folder that can be written, for example {example}"
+    if not folder or "\0" in folder:
+        raise ConfigError(f"{key} is {folder!r}; it must be {example}")
+    nearest = Path(folder).absolute()
     try:
         while not nearest.exists():
             nearest = nearest.parent
         tempfile.TemporaryDirectory(dir=nearest).cleanup()
     except OSError as error:
         raise ConfigError(
-            f"output is {output!r}, but {nearest} cannot be written ({error.strerror}); it must be {example}"
+            f"{key} is {folder!r}, but {nearest} cannot be written ({error.strerror}); it must be {example}"
         ) from None
 
 
@@ -179,8 +181,9 @@ class Job:
     def _generate(self, report: Report) -> None:
         hierarchy = self.engine.hierarchy
         self.phase = "prefill"
-        self.engine.on_prefill_progress(self.display.reading)
-        self.display.reading(0, len(self.prompt_ids))
+        num_tokens = len(self.prompt_ids)
+        self.engine.on_prefill_progress(lambda done, total: self.display.reading(num_tokens, done / total))
+        self.display.reading(num_tokens, 0.0)
         self._take_round(hierarchy.start, report)
         self.phase = "decode"
         self.interruption.is_deferred = True
@@ -192,6 +195,8 @@ class Job:
         round_ = advance()
         seconds = time.perf_counter() - began
         self.metrics.add(round_, seconds)
+        if "reread" in round_.seconds:
+            self.display.note("a stored block was damaged: all tokens so far were read again")
         report.add_round(round_, seconds)
         self.display.add_round(round_, self.engine.hierarchy.session.text_stream.take_pieces(), self.metrics)
 

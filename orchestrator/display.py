@@ -48,6 +48,7 @@ class Display:
         self._status = Text()
         self._num_rejected = 0
         self._refreshed_at = float("-inf")
+        self._reading_since = 0.0
         self._live: Live | None = None
 
     def __enter__(self) -> Display:
@@ -68,15 +69,20 @@ class Display:
         """A line about the run, such as what an `auto` was resolved to."""
         self._print(Text(harmless(line), style="dim"))
 
-    def reading(self, num_read: int, num_tokens: int) -> None:
-        """Progress of the prefill."""
+    def reading(self, num_tokens: int, share: float) -> None:
+        """Progress of the prefill: `share` of the work is done."""
+        if not share:
+            self._reading_since = self._clock()
         if self._live is None:
-            if not num_read:
+            if not share:
                 self._print(Text(f"reading {num_tokens:,} tokens…"))
             return
-        share = f" ({num_read / num_tokens:.0%})" if num_read else ""
-        self._status = Text(f"reading {num_tokens:,} tokens…{share}")
-        self._refresh(force=not num_read)
+        figures, seconds = "", self._clock() - self._reading_since
+        if share and seconds:
+            rate, left = share * num_tokens / seconds, seconds / share - seconds
+            figures = f" {share:.0%}, {rate:,.0f} tokens/s, {left:.0f} s left"
+        self._status = Text(f"reading {num_tokens:,} tokens…{figures}")
+        self._refresh(force=not share)
 
     def add_round(self, round_: Round, pieces: list[tuple[int, str]], metrics: Metrics) -> None:
         """Shows what a round made certain: `pieces` are (index of the generated token, its text)."""
@@ -168,7 +174,9 @@ def _summary_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append((f"{tier} memory", f"{planned} planned, {peak} peak"))
     if streaming.get("bytes"):
         rate, stall = _number(streaming["gb_per_s"], ".2f"), _number(streaming["stall_s"], ".2f")
-        rows.append(("streamed", f"{streaming['bytes'] / 1e9:.2f} GB at {rate} GB/s, {stall} s stalled"))
+        link = streaming["emulated_link_gb_per_s"]
+        emulated = "" if link is None else f" (emulated link of {link:g} GB/s)"
+        rows.append(("streamed", f"{streaming['bytes'] / 1e9:.2f} GB at {rate} GB/s, {stall} s stalled{emulated}"))
     return rows
 
 

@@ -16,7 +16,11 @@ from typing import Any, Protocol
 
 from orchestrator.rebuild_policy import RebuildPolicy
 from orchestrator.session import Session
+from tiers.errors import DamagedBlockError
 from workers.messages import Draft, InnerStep, Verdict
+
+MAX_REREADS = 3
+"""Of all tokens, in one phase of a round: a disk that goes on damaging blocks ends the run."""
 
 
 class DrafterRole(Protocol):
@@ -53,7 +57,10 @@ class VerifierRole(Protocol):
     def verify(self, draft: Draft) -> Verdict: ...
     def commit(self, tokens: list[int]) -> None: ...
     def retrieval_update(self, *, rebuild: bool) -> Any:
-        """What the retriever's `refresh` wants."""
+        """What the retriever's `refresh` wants, which may be read from blocks only there."""
+
+    def reread(self) -> None:
+        """Reads all committed tokens again: what it had stored of them is damaged."""
 
 
 @dataclass(kw_only=True)
@@ -70,7 +77,7 @@ class Round:
     """(proposed, accepted) of each step between drafter and retrieval draft."""
     rebuilt: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
-    """Per phase: draft, retrieval, verify, refresh."""
+    """Per phase: draft, retrieval, verify, refresh, reread."""
 
 
 @dataclass(kw_only=True)
@@ -85,6 +92,9 @@ class Hierarchy:
     gamma2: int = 0
     rebuild_policy: RebuildPolicy = field(default_factory=lambda: RebuildPolicy("never"))
     num_rounds: int = 0
+    num_rereads: int = 0
+    """So many times a stored block was found damaged, and all tokens were read again."""
+    _must_rebuild: bool = False
     _seconds: dict[str, float] = field(default_factory=dict)
 
     def start(self) -> Round:
@@ -120,7 +130,7 @@ class Hierarchy:
         return self._timed("draft", self.drafter.propose, after, count)
 
     def _verify_and_commit(self, block: Draft, inner_steps: list[tuple[int, int]]) -> Round:
-        verdict = self._timed("verify", self.verifier.verify, block)
+        verdict = self._undamaged("verify", self.verifier.verify, block)
         tokens = self.session.commit([*block.tokens[: verdict.num_accepted], verdict.next_token])
         for role in self._roles():
             role.commit(tokens)
@@ -143,18 +153,33 @@ class Hierarchy:
         """Gives the retriever the true keys and values of the new tokens; returns whether its cache was rebuilt."""
         is_first = self.num_rounds == 0
         due = self.rebuild_policy.is_due(len(block), verdict.num_accepted)
-        rebuild = is_first or due or self.retriever.needs_rebuild()
-        update = self._timed("refresh", self.verifier.retrieval_update, rebuild=rebuild)
-        self._timed("refresh", self.retriever.refresh, update)
-        if rebuild:
+        self._must_rebuild |= is_first or due or self.retriever.needs_rebuild()
+        self._undamaged("refresh", self._pass_on_update)
+        rebuilt, self._must_rebuild = self._must_rebuild, False
+        if rebuilt:
             self.rebuild_policy.rebuilt()
-        return rebuild
+        return rebuilt
+
+    def _pass_on_update(self) -> None:
+        self.retriever.refresh(self.verifier.retrieval_update(rebuild=self._must_rebuild))
+
+    def _undamaged(self, phase: str, call, *args, **kwargs):
+        """The result of `call`, in which the verifier reads blocks, from blocks that are as they were written."""
+        for _ in range(MAX_REREADS):
+            try:
+                return self._timed(phase, call, *args, **kwargs)
+            except DamagedBlockError:
+                self.num_rereads += 1
+                self._timed("reread", self.verifier.reread)
+                self._must_rebuild = True  # what the verifier remembers having sent is forgotten with the rest
+        return self._timed(phase, call, *args, **kwargs)
 
     def _roles(self) -> list[Any]:
         return [role for role in (self.verifier, self.retriever, self.drafter) if role is not None]
 
     def _timed(self, phase: str, call, *args, **kwargs):
         began = time.perf_counter()
-        result = call(*args, **kwargs)
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - began
-        return result
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - began

@@ -6,18 +6,22 @@ Shapes as in tiers/base.py: H kv heads, T new tokens, N keys, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
-from tiers.base import CacheShape, Segment, padded
+from tiers.base import BlockShape, CacheShape, Segment, padded
 from tiers.device_tier import DeviceTier
-from tiers.full_cache import DeviceLayer, FullCache, HostLayer
+from tiers.disk_tier import DiskTier
+from tiers.full_cache import BlockLayer, DeviceLayer, FullCache
 from tiers.pinned_host_tier import PinnedHostTier
-from tiers.retrieval_cache import RetrievalCache, RetrievalUpdate
+from tiers.retrieval_cache import LayerUpdate, RetrievalCache, RetrievalUpdate
 from tiers.streaming_llm_cache import StreamingLLMCache
-from tiers.transfer import make_streamer
+from tiers.transfer import BlockWriter, make_streamer
 
 CPU = torch.device("cpu")
 SHAPE = CacheShape(num_layers=2, num_kv_heads=2, head_dim=4, dtype=torch.float32)
@@ -58,20 +62,51 @@ def full_cache(
     num_buffers: int = 2,
     shape: CacheShape | None = None,
 ) -> FullCache:
-    """A full cache with a layer for each letter of `tiers`, h on the host and d on the device."""
+    """A full cache with a layer for each letter of `tiers`: d on the device, h on the host, s on disk."""
     shape = shape or CacheShape(num_layers=len(tiers), num_kv_heads=2, head_dim=4, dtype=torch.float32)
-    device_tier, host_tier = PoisonedDeviceTier(), PoisonedHostTier()
+    device_tier, windows = PoisonedDeviceTier(), windows or [None] * len(tiers)
+    block = BlockShape(
+        num_kv_heads=shape.num_kv_heads, num_tokens=block_tokens, head_dim=shape.head_dim, dtype=shape.dtype
+    )
+    block_tiers = {"h": PoisonedHostTier(), "s": DiskTier(tempfile.gettempdir())}
     layers = [
-        HostLayer(shape, capacity, block_tokens, slack, host_tier, device_tier)
-        if letter == "h"
-        else DeviceLayer(shape, capacity + slack, device_tier)
+        DeviceLayer(shape, capacity + slack, device_tier)
+        if letter == "d"
+        else BlockLayer(shape, block_tiers[letter].blocks(block, capacity // block_tokens), slack, device_tier)
         for letter in tiers
     ]
-    streamer = None
-    if "h" in tiers:
-        block = (2, shape.num_kv_heads, block_tokens, shape.head_dim)
-        streamer = make_streamer(block, shape.dtype, num_buffers, device_tier, CPU)
-    return FullCache(layers, windows or [None] * len(tiers), streamer)
+    if set(tiers) == {"d"}:
+        return FullCache(layers, windows)
+    num_threads = 3 if "s" in tiers else 1
+    streamer = make_streamer(block.size, shape.dtype, num_buffers, device_tier, CPU, num_threads=num_threads)
+    cache = FullCache(layers, windows, streamer, BlockWriter(CPU), partial(space_on, device_tier, shape))
+    close_cache = cache.close
+    cache.close = lambda: (close_cache(), block_tiers["s"].close())
+    return cache
+
+
+@contextmanager
+def space_on(tier, shape: CacheShape, num_tokens: int) -> Iterator[DeviceLayer]:
+    """Where a layer of a prompt is while it is read."""
+    yield DeviceLayer(shape, num_tokens, tier)
+
+
+def read_prompt(cache: FullCache, kv: list[tuple[torch.Tensor, torch.Tensor]], piece_tokens: int) -> None:
+    """Empties `cache` and reads a prompt of keys and values `kv` [layer] (k, v), layer by layer, in pieces."""
+    num_tokens = kv[0][0].shape[1]
+    with cache.prefill(num_tokens) as make_layer_cache:
+        for layer, (k, v) in enumerate(kv):
+            layer_cache = make_layer_cache(layer)
+            for start in range(0, num_tokens, piece_tokens):
+                k_piece, v_piece = k[:, start : start + piece_tokens], v[:, start : start + piece_tokens]
+                layer_cache.begin(k_piece.shape[1])
+                layer_cache.append(layer, k_piece, v_piece)
+                (segment,) = layer_cache.segments(layer)
+                end = segment.k.shape[1] - segment.num_pad
+                assert segment.num_new == k_piece.shape[1]
+                assert torch.equal(segment.k[:, :end], k[:, segment.start : start + k_piece.shape[1]])
+                layer_cache.end()
+            layer_cache.finish()
 
 
 def streaming_llm_cache() -> StreamingLLMCache:
@@ -110,8 +145,10 @@ class CacheCase:
                     is_rebuild=True,
                     start=0,
                     length=self.num_retrieved,
-                    kv=[reference.read(layer, 0, self.num_retrieved) for layer in range(self.num_layers)],
-                    positions=[positions] * self.num_layers,
+                    layers=[
+                        LayerUpdate(*reference.read(layer, 0, self.num_retrieved), positions)
+                        for layer in range(self.num_layers)
+                    ],
                 )
             )
 
@@ -120,6 +157,9 @@ FULL_CACHES = [
     CacheCase("full, device", lambda: full_cache("dd")),
     CacheCase("full, host", lambda: full_cache("hh")),
     CacheCase("full, host and device", lambda: full_cache("hd")),
+    CacheCase("full, disk", lambda: full_cache("ss")),
+    CacheCase("full, disk and host", lambda: full_cache("sh")),
+    CacheCase("full, disk, blocks of whole pages", lambda: full_cache("sd", block_tokens=64, capacity=128)),
     CacheCase("full, device and host", lambda: full_cache("dh")),
     CacheCase("full, host, blocks of one token", lambda: full_cache("hh", block_tokens=1)),
     CacheCase("full, host, no complete block", lambda: full_cache("hh", block_tokens=128)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from orchestrator.text_stream import TextStream
 
 CHUNK = 8
 BLOCK_TOKENS = 16
-DEVICE, HOST = FullCacheTier.device, FullCacheTier.host
+DEVICE, HOST, DISK = FullCacheTier.device, FullCacheTier.host, FullCacheTier.disk
 GREEDY = SamplingConfig(temperature=0.0)
 ALL = 4096
 """A budget beyond every prompt here: the retrieval cache holds the whole context."""
@@ -68,6 +69,7 @@ def tiny_run(
         sampling=sampling,
         generation=GenerationConfig(ignore_eos=ignore_eos),
         placement=PlacementConfig(device="cpu"),
+        output=tempfile.gettempdir(),  # where files of the disk tier are, without a name
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -17,9 +17,18 @@ QUANTUM = 64
 0.5 ms each (oneDNN, bf16), which costs as much as the attention itself where every step has one key more."""
 
 
+PAGE_BYTES = 4096
+"""What direct reads from a disk want their offsets, lengths and addresses to be multiples of."""
+
+
 def padded(num_tokens: int) -> int:
     """The next multiple of QUANTUM."""
     return -(-num_tokens // QUANTUM) * QUANTUM
+
+
+def padded_to_pages(num_bytes: int) -> int:
+    """What a block of so many bytes takes in a file."""
+    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -40,8 +49,23 @@ class CacheShape:
         return self.num_layers * self.bytes_per_token_and_layer
 
 
-class OutOfTierMemoryError(MemoryError):
-    """A tier has less memory than was asked for; the message names tier, need and have."""
+@dataclass(kw_only=True, frozen=True, slots=True)
+class BlockShape:
+    """Keys and values of one layer for `num_tokens` consecutive tokens, stored and streamed as one piece."""
+
+    num_kv_heads: int
+    num_tokens: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> tuple[int, int, int, int]:
+        """[2, H, B, D]: keys, then values."""
+        return 2, self.num_kv_heads, self.num_tokens, self.head_dim
+
+    @property
+    def num_bytes(self) -> int:
+        return 2 * self.num_kv_heads * self.num_tokens * self.head_dim * self.dtype.itemsize
 
 
 class Tier(Protocol):
@@ -55,6 +79,24 @@ class Tier(Protocol):
         """Raises OutOfTierMemoryError."""
 
     def free(self, tensor: torch.Tensor) -> None: ...
+
+
+class BlockStore(Protocol):
+    """The complete blocks of one layer in a tier off the device."""
+
+    shape: BlockShape
+
+    def write(self, index: int, rows: torch.Tensor) -> None:
+        """Stores `rows` [2, H, B, D], of any device, as block `index`."""
+
+    def source(self, index: int) -> Any:
+        """What a streamer copies: a tensor, or a tiers.transfer.StoredBlock."""
+
+    def read(self, index: int, begin: int, end: int) -> torch.Tensor:
+        """[2, H, end - begin, D] of block `index`, on the host. Raises DamagedBlockError."""
+
+    def gather(self, heads: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """[2, n, D], on the host: of head `heads[i]` the token at position `tokens[i]`. Raises DamagedBlockError."""
 
 
 @dataclass(slots=True)
@@ -101,6 +143,13 @@ class KVCache(Protocol):
 
     def reset(self) -> None:
         """Empties it: the same as a new one."""
+
+
+def page_aligned(num_bytes: int) -> torch.Tensor:
+    """Bytes in ordinary memory that begin at a page: a disk is read straight into them."""
+    memory = torch.empty(num_bytes + PAGE_BYTES, dtype=torch.uint8)
+    first = -memory.data_ptr() % PAGE_BYTES
+    return memory[first : first + num_bytes]
 
 
 def gather_chunks(rows: torch.Tensor, chunk_ids: torch.Tensor, chunk_size: int) -> torch.Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from tiers.base import OutOfTierMemoryError
+from tiers.base import page_aligned
+from tiers.errors import OutOfTierMemoryError
 
 
 class DeviceTier:
@@ -17,7 +20,10 @@ class DeviceTier:
     def allocate(self, *size: int, dtype: torch.dtype) -> torch.Tensor:
         """See tiers.base.Tier."""
         try:
-            tensor = torch.empty(size, dtype=dtype, device=self.device)
+            if self.device.type == "cpu":
+                tensor = page_aligned(math.prod(size) * dtype.itemsize).view(dtype).view(size)
+            else:
+                tensor = torch.empty(size, dtype=dtype, device=self.device)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             raise OutOfTierMemoryError(f"the device tier cannot give a tensor of {size} {dtype}: {error}") from error
         self.used_bytes += tensor.nbytes

@@ -1,149 +1,171 @@
-"""Level 3: the full cache. Layers on the device are plain tensors; layers on the host stream through it in blocks.
+"""Level 3: the full cache. Layers on the device are plain tensors; those on host or disk stream through it in blocks.
 
-A host layer of `length` tokens:
+A layer in blocks, of `length` tokens:
 
     tokens              where                                              who writes
-    [0, n * B)          n blocks [2, H, B, D] of host memory, complete     flush: once, when its tokens are final
+    [0, n * B)          n complete blocks [2, H, B, D] in their tier       once, when its tokens are final
     [n * B, length)     the tail [2, H, B + 2 * slack, D] on the device    append; truncate drops from its end
 
 A block is one contiguous copy. Only the tail is ever written in small pieces, and roll back touches nothing else,
 but for a truncation deep into the past, which reads a block back.
+
+A prompt is read layer by layer (`prefill_layer`): while the pieces of the prompt pass through a layer, its keys and
+values are all on the device; those of a layer in blocks leave for their tier behind the computation, once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 
 import torch
 
-from tiers.base import CacheShape, Segment, Tier, gather_chunks, padded
-from tiers.transfer import StreamStats
+from tiers.base import BlockStore, CacheShape, Segment, Tier, gather_chunks, padded
+from tiers.transfer import AS_FAST_AS_IT_IS, BlockWriter, Link, StreamStats
 
 
 class DeviceLayer:
     """Keys and values of one layer on the device: one segment [H, capacity, D] each, padded."""
 
     def __init__(self, shape: CacheShape, capacity: int, tier: Tier):
-        self._kv = tier.allocate(2, shape.num_kv_heads, padded(capacity), shape.head_dim, dtype=shape.dtype).zero_()
+        self.kv = tier.allocate(2, shape.num_kv_heads, padded(capacity), shape.head_dim, dtype=shape.dtype).zero_()
 
     def append(self, length: int, k: torch.Tensor, v: torch.Tensor) -> None:
         end = length + k.shape[1]
-        assert end <= self._kv.shape[2], f"{length} + {k.shape[1]} tokens exceed the capacity {self._kv.shape[2]}"
-        self._kv[0, :, length:end] = k
-        self._kv[1, :, length:end] = v
+        assert end <= self.kv.shape[2], f"{length} + {k.shape[1]} tokens exceed the capacity {self.kv.shape[2]}"
+        self.kv[0, :, length:end] = k
+        self.kv[1, :, length:end] = v
 
     def read(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [H, end - start, D] of these tokens; views."""
-        return self._kv[0, :, start:end], self._kv[1, :, start:end]
+        return self.kv[0, :, start:end], self.kv[1, :, start:end]
 
     def segment(self, start: int, end: int, num_new: int) -> Segment:
         """Tokens from `start` on to `end`, the last `num_new` of them new, and padding."""
-        stop = min(start + padded(end - start), self._kv.shape[2])
+        stop = min(start + padded(end - start), self.kv.shape[2])
         k, v = self.read(start, stop)
         return Segment(k, v, start=start, num_new=num_new, num_pad=stop - end)
 
     def gather(self, chunk_ids: torch.Tensor, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the chunks `chunk_ids` [H, m]."""
-        k, v = (gather_chunks(rows, chunk_ids, chunk_size) for rows in self._kv)
+        k, v = (gather_chunks(rows, chunk_ids, chunk_size) for rows in self.kv)
         return k, v
 
 
-class HostLayer:
-    """Keys and values of one layer in blocks on the host, the newest in a tail on the device."""
+class BlockLayer:
+    """Keys and values of one layer in blocks off the device, the newest in a tail on the device."""
 
     def __init__(
-        self, shape: CacheShape, capacity: int, block_tokens: int, slack: int, host_tier: Tier, device_tier: Tier
+        self, shape: CacheShape, store: BlockStore, slack: int, device_tier: Tier, link: Link = AS_FAST_AS_IT_IS
     ):
-        heads, dim, dtype = shape.num_kv_heads, shape.head_dim, shape.dtype
-        self._block_tokens, self._slack = block_tokens, slack
-        self.blocks = host_tier.allocate(capacity // block_tokens, 2, heads, block_tokens, dim, dtype=dtype)
+        self.block_tokens = store.shape.num_tokens
+        self._store, self._slack, self._link = store, slack, link
+        size = (2, shape.num_kv_heads, padded(self.block_tokens + 2 * slack), shape.head_dim)
+        self._tail = device_tier.allocate(*size, dtype=shape.dtype).zero_()
         self.num_blocks = 0
-        self._tail = device_tier.allocate(2, heads, padded(block_tokens + 2 * slack), dim, dtype=dtype).zero_()
-        self._piece: torch.Tensor | None = None
 
     @property
     def tail_start(self) -> int:
         """Position of the first token that is not in a block."""
-        return self.num_blocks * self._block_tokens
+        return self.num_blocks * self.block_tokens
 
     def append(self, length: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """A few tokens go to the tail; a long piece, which comes in prefill alone, is final and goes into blocks."""
+        """A few tokens; a prompt comes by `store_prompt`."""
         held, num_new = length - self.tail_start, k.shape[1]
-        if held + num_new <= self._tail.shape[2]:
-            self._tail[0, :, held : held + num_new] = k
-            self._tail[1, :, held : held + num_new] = v
-        else:
-            self._piece = torch.cat([self._tail[:, :, :held], torch.stack([k, v])], dim=2)
+        assert held + num_new <= self._tail.shape[2], (
+            f"{held} + {num_new} tokens exceed the tail of {self._tail.shape[2]}"
+        )
+        self._tail[0, :, held : held + num_new] = k
+        self._tail[1, :, held : held + num_new] = v
 
     def segment(self, end: int, num_new: int) -> Segment:
         """Tokens from `tail_start` on to `end`, the last `num_new` of them new, and padding."""
-        if self._piece is not None:
-            return Segment(*self._piece, start=self.tail_start, num_new=num_new)
         num_tokens = end - self.tail_start
         k, v = self._tail[:, :, : padded(num_tokens)]
         return Segment(k, v, start=self.tail_start, num_new=num_new, num_pad=k.shape[1] - num_tokens)
 
     def settle(self, length: int) -> None:
-        """Moves complete blocks to the host: after a piece, or when the tail has one that no roll back reaches."""
-        newest = self._tail[:, :, : length - self.tail_start] if self._piece is None else self._piece
-        # What may be rolled back stays in the tail; all of a piece is final.
-        num_final = newest.shape[2] - (self._slack if self._piece is None else 0)
-        num_flushed = max(0, num_final) // self._block_tokens
-        for index in range(num_flushed):
-            rows = newest[:, :, index * self._block_tokens : (index + 1) * self._block_tokens]
-            self.blocks[self.num_blocks].copy_(rows, non_blocking=True)
+        """Stores the blocks of the tail that no roll back reaches."""
+        newest = self._tail[:, :, : length - self.tail_start]
+        num_stored = max(0, newest.shape[2] - self._slack) // self.block_tokens
+        for index in range(num_stored):
+            self._store.write(self.num_blocks, self._block_of(newest, index))
             self.num_blocks += 1
-        if num_flushed:
-            rest = newest[:, :, num_flushed * self._block_tokens :]
-            # The two may overlap, and the copies to the host above are queued before this on the same stream.
+        if num_stored:
+            rest = newest[:, :, num_stored * self.block_tokens :]
+            # The two may overlap, and copies to the host above are queued before this on the same stream.
             self._tail[:, :, : rest.shape[2]] = rest.clone()
-        self._piece = None
+
+    def _block_of(self, rows: torch.Tensor, index: int) -> torch.Tensor:
+        return rows[:, :, index * self.block_tokens : (index + 1) * self.block_tokens]
+
+    def store_prompt(self, kv: torch.Tensor, length: int, writer: BlockWriter) -> None:
+        """The prompt's first `length` tokens are in `kv` [2, H, N, D]: `writer` gets the complete blocks among them."""
+        while self.tail_start + self.block_tokens <= length:
+            write, index = self._store.write, self.num_blocks
+            writer.submit(partial(write, index, self._block_of(kv, index)))
+            self.num_blocks += 1
+
+    def finish_prompt(self, kv: torch.Tensor, length: int) -> None:
+        """All complete blocks were stored; the rest goes to the tail."""
+        rest = kv[:, :, self.tail_start : length]
+        self._tail[:, :, : rest.shape[2]] = rest
 
     def truncate(self, length: int) -> None:
-        self._piece = None
         if length >= self.tail_start:
             return
-        self.num_blocks = length // self._block_tokens
+        self.num_blocks = length // self.block_tokens
         kept = length - self.tail_start
         if kept:
-            self._synchronize()
-            self._tail[:, :, :kept] = self.blocks[self.num_blocks][:, :, :kept].to(self._tail.device)
+            self._tail[:, :, :kept] = self._to_device(self._read_block(self.num_blocks, 0, kept))
 
     def read(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [H, end - start, D] of these tokens on the device; a copy where blocks are touched."""
-        first = max(start, self.tail_start) - self.tail_start
-        pieces = [self._tail[:, :, first : end - self.tail_start]] if end > self.tail_start else []
-        at = min(end, self.tail_start)
-        while at > start:
-            block, begin = (
-                (at - 1) // self._block_tokens,
-                max(start, (at - 1) // self._block_tokens * self._block_tokens),
-            )
-            self._synchronize()
-            offset = block * self._block_tokens
-            pieces.insert(0, self.blocks[block][:, :, begin - offset : at - offset].to(self._tail.device))
-            at = begin
+        pieces = []
+        for index in range(start // self.block_tokens, self.num_blocks):
+            first = index * self.block_tokens
+            if first >= end:
+                break
+            begin, stop = max(start - first, 0), min(end - first, self.block_tokens)
+            pieces.append(self._to_device(self._read_block(index, begin, stop)))
+        if end > self.tail_start:
+            pieces.append(self._tail[:, :, max(0, start - self.tail_start) : end - self.tail_start])
         kv = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
         return kv[0], kv[1]
 
     def gather(self, chunk_ids: torch.Tensor, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the chunks `chunk_ids` [H, m], gathered on the host and copied in one piece.
 
-        A chunk of the tail, or one that reaches into it, is read from the tail.
+        What of a chunk lies in the tail is read from there.
         """
-        self._synchronize()
         heads, dim, device = chunk_ids.shape[0], self._tail.shape[-1], self._tail.device
         tokens = (chunk_ids[..., None] * chunk_size + torch.arange(chunk_size, device=device)).flatten(1)
-        on_host = tokens < self.tail_start
+        is_stored = tokens < self.tail_start
         kv = torch.empty(2, *tokens.shape, dim, dtype=self._tail.dtype, device=device)
         head_ids = torch.arange(heads, device=device)[:, None].expand_as(tokens)
-        host_tokens, host_heads = tokens[on_host].cpu(), head_ids[on_host].cpu()
-        block, offset = host_tokens // self._block_tokens, host_tokens % self._block_tokens
-        tail_tokens = tokens[~on_host] - self.tail_start
+        self._synchronize()
+        stored = self._to_device(self._store.gather(head_ids[is_stored].cpu(), tokens[is_stored].cpu()))
+        tail_tokens = tokens[~is_stored] - self.tail_start
         for side in (0, 1):
-            kv[side][on_host] = self.blocks[block, side, host_heads, offset].to(device)
-            kv[side][~on_host] = self._tail[side][head_ids[~on_host], tail_tokens]
+            kv[side][is_stored] = stored[side]
+            kv[side][~is_stored] = self._tail[side][head_ids[~is_stored], tail_tokens]
         return kv[0], kv[1]
+
+    def stream_sources(self, first: int) -> list:
+        """What a streamer takes for the blocks from `first` on."""
+        return [self._store.source(index) for index in range(first, self.num_blocks)]
+
+    def _read_block(self, index: int, begin: int, end: int) -> torch.Tensor:
+        self._synchronize()
+        return self._store.read(index, begin, end)
+
+    def _to_device(self, rows: torch.Tensor) -> torch.Tensor:
+        began = time.perf_counter()
+        moved = rows.to(self._tail.device)
+        self._link.pace(began, rows.nbytes)
+        return moved
 
     def _synchronize(self) -> None:
         """The processor reads what the device wrote."""
@@ -151,15 +173,87 @@ class HostLayer:
             torch.cuda.current_stream(self._tail.device).synchronize()
 
 
-class FullCache:
-    """The target's whole cache; see tiers.base.KVCache. `streamer` is None where no layer is on the host.
+class LayerPrefill:
+    """A layer's keys and values while the pieces of a prompt pass through it; see tiers.base.KVCache.
 
-    `windows[layer]` is the layer's sliding window in tokens, or None: blocks that lie before it are not streamed.
+    `space` holds all of them. Of a layer in blocks, `writer` stores each block behind the computation.
     """
 
-    def __init__(self, layers: list[DeviceLayer | HostLayer], windows: list[int | None], streamer):
-        self._layers, self._windows, self._streamer = layers, windows, streamer
+    def __init__(self, space: DeviceLayer, layer: BlockLayer | None, window: int | None, writer: BlockWriter | None):
+        self._space, self._layer, self._window, self._writer = space, layer, window, writer
         self.length = self._num_new = 0
+
+    def begin(self, num_new: int) -> None:
+        self._num_new = num_new
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        self._space.append(self.length, k, v)
+
+    def segments(self, layer: int) -> Iterator[Segment]:
+        first = 0 if self._window is None else max(0, self.length - self._window + 1)
+        yield self._space.segment(first, self.length + self._num_new, self._num_new)
+
+    def end(self) -> None:
+        self.length += self._num_new
+        if self._layer is not None:
+            self._layer.store_prompt(self._space.kv, self.length, self._writer)
+
+    def abort(self) -> None:
+        """As it is: a prompt that could not be read leaves the whole cache to be reset."""
+
+    def finish(self) -> None:
+        """All pieces were read: waits until the blocks are stored, so that `space` may be used again."""
+        if self._layer is not None:
+            self._writer.drain()
+            self._layer.finish_prompt(self._space.kv, self.length)
+
+
+class FullCache:
+    """The target's whole cache; see tiers.base.KVCache.
+
+    `windows[layer]` is the layer's sliding window in tokens, or None: blocks that lie before it are not streamed.
+    Layers in blocks need a `streamer`, and to read a prompt a `writer` and `make_space`, which gives a layer on the
+    device for as many tokens as a prompt has, and takes it back.
+    """
+
+    def __init__(
+        self,
+        layers: list[DeviceLayer | BlockLayer],
+        windows: list[int | None],
+        streamer=None,
+        writer: BlockWriter | None = None,
+        make_space: Callable[[int], AbstractContextManager[DeviceLayer]] | None = None,
+    ):
+        self._layers, self._windows, self._streamer = layers, windows, streamer
+        self._writer, self._make_space = writer, make_space
+        self.length = self._num_new = 0
+
+    @contextmanager
+    def prefill(self, num_tokens: int) -> Iterator[Callable[[int], LayerPrefill]]:
+        """Within it the function given takes a layer's number: what the pieces of the prompt are to be read into.
+
+        The cache is emptied first, and holds the prompt's `num_tokens` in the end; it is empty if that failed.
+        """
+        self.reset()
+        with ExitStack() as stack:
+            space = None
+            if any(isinstance(layer, BlockLayer) for layer in self._layers):
+                space = stack.enter_context(self._make_space(num_tokens))
+
+            def prefill_layer(layer: int) -> LayerPrefill:
+                store, window = self._layers[layer], self._windows[layer]
+                if isinstance(store, DeviceLayer):
+                    return LayerPrefill(store, None, window, None)
+                return LayerPrefill(space, store, window, self._writer)
+
+            try:
+                yield prefill_layer
+            except BaseException:
+                if self._writer is not None:
+                    self._writer.cancel()
+                self.reset()
+                raise
+        self.length = num_tokens
 
     def begin(self, num_new: int) -> None:
         self._num_new = num_new
@@ -191,7 +285,7 @@ class FullCache:
     def truncate(self, length: int) -> None:
         assert 0 <= length <= self.length, f"truncate to {length} of {self.length} tokens"
         self.length = length
-        for layer in self._host_layers():
+        for layer in self._block_layers():
             layer.truncate(length)
 
     def reset(self) -> None:
@@ -211,11 +305,12 @@ class FullCache:
         return StreamStats() if self._streamer is None else self._streamer.stats
 
     def close(self) -> None:
-        if self._streamer is not None:
-            self._streamer.close()
+        for helper in (self._streamer, self._writer):
+            if helper is not None:
+                helper.close()
 
-    def _host_layers(self) -> list[HostLayer]:
-        return [layer for layer in self._layers if isinstance(layer, HostLayer)]
+    def _block_layers(self) -> list[BlockLayer]:
+        return [layer for layer in self._layers if isinstance(layer, BlockLayer)]
 
     def _first_seen(self, layer: int) -> int:
         """Position of the oldest key that the first new token sees."""
@@ -224,11 +319,11 @@ class FullCache:
 
     def _first_block(self, layer: int) -> int:
         store = self._layers[layer]
-        return min(self._first_seen(layer) // store._block_tokens, store.num_blocks)
+        return min(self._first_seen(layer) // store.block_tokens, store.num_blocks)
 
-    def _blocks(self, layer: int) -> list[torch.Tensor]:
+    def _blocks(self, layer: int) -> list:
         """The blocks that a pass will stream for this layer."""
         store = self._layers[layer]
         if isinstance(store, DeviceLayer):
             return []
-        return list(store.blocks[self._first_block(layer) : store.num_blocks])
+        return store.stream_sources(self._first_block(layer))

@@ -1,4 +1,4 @@
-"""How much memory there is: free on the device, and on the host within the limits of the cgroup."""
+"""How much there is: free memory on the device, and on the host within the limits of the cgroup; free disk."""
 
 from __future__ import annotations
 
@@ -34,3 +34,11 @@ def host_free_bytes() -> int:
 def device_free_bytes(device: torch.device) -> int:
     """Free memory of a CUDA device; on a CPU that of the host."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_free_bytes()
+
+
+def disk_free_bytes(folder: Path) -> int:
+    """Of the file system of `folder`, or of the folder that it will be made in."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return psutil.disk_usage(str(folder)).free

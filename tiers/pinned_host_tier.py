@@ -10,7 +10,8 @@ import math
 
 import torch
 
-from tiers.base import OutOfTierMemoryError
+from tiers.base import BlockShape
+from tiers.errors import OutOfTierMemoryError
 
 
 class PinnedHostTier:
@@ -37,6 +38,10 @@ class PinnedHostTier:
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
         return tensor
 
+    def blocks(self, shape: BlockShape, count: int) -> HostBlocks:
+        """Room for `count` blocks of `shape`. Raises OutOfTierMemoryError."""
+        return HostBlocks(shape, self.allocate(count, *shape.size, dtype=shape.dtype))
+
     def _pinned(self, num_bytes: int, dtype: torch.dtype) -> torch.Tensor:
         import cupy
 
@@ -47,6 +52,26 @@ class PinnedHostTier:
     def free(self, tensor: torch.Tensor) -> None:
         """The memory itself goes with the last reference."""
         self.used_bytes -= tensor.nbytes
+
+
+class HostBlocks:
+    """The blocks of one layer, one after another; see tiers.base.BlockStore."""
+
+    def __init__(self, shape: BlockShape, memory: torch.Tensor):
+        self.shape, self._memory = shape, memory
+
+    def write(self, index: int, rows: torch.Tensor) -> None:
+        self._memory[index].copy_(rows, non_blocking=True)
+
+    def source(self, index: int) -> torch.Tensor:
+        return self._memory[index]
+
+    def read(self, index: int, begin: int, end: int) -> torch.Tensor:
+        return self._memory[index][:, :, begin:end]
+
+    def gather(self, heads: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        block, offset = tokens // self.shape.num_tokens, tokens % self.shape.num_tokens
+        return torch.stack([self._memory[block, side, heads, offset] for side in (0, 1)])
 
 
 def can_pin() -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from conf.schema import CacheConfig, ConfigError, FullCacheTier
-from tiers.base import CacheShape, padded
+from tiers.base import CacheShape, padded, padded_to_pages
 
 TARGET_BLOCK_BYTES = 1 << 20
 RESERVE_SHARE = 0.05
@@ -21,6 +21,7 @@ class PlanInput:
 
     target_shape: CacheShape
     target_weight_bytes: int
+    hidden_bytes_per_token: int = 0
     max_tokens: int
     """Prompt and generated tokens."""
     slack_tokens: int
@@ -36,31 +37,38 @@ class PlanInput:
     activation_bytes: int = 0
     device_free_bytes: int
     host_free_bytes: int
+    disk_free_bytes: int = 0
     device_is_host: bool
     """No GPU: both tiers share one memory."""
 
 
 @dataclass(kw_only=True)
 class MemoryPlan:
-    """Where everything goes."""
+    """Where everything goes. The first layers of the full cache are on disk, then come those on the host."""
 
     max_tokens: int
     slack_tokens: int
     block_tokens: int
     num_device_layers: int
+    num_host_layers: int
+    num_disk_layers: int
     stream_buffers: int
     device_bytes: dict[str, int] = field(default_factory=dict)
     host_bytes: dict[str, int] = field(default_factory=dict)
+    disk_bytes: dict[str, int] = field(default_factory=dict)
+    hidden_tier: str = "device"
+    """Where a prompt's hidden states wait between layers: device or host."""
     reason: str = ""
 
     @property
     def totals(self) -> dict[str, int]:
         """Planned bytes per tier."""
-        return {"device": sum(self.device_bytes.values()), "host": sum(self.host_bytes.values())}
+        tiers = {"device": self.device_bytes, "host": self.host_bytes, "disk": self.disk_bytes}
+        return {name: sum(parts.values()) for name, parts in tiers.items()}
 
 
 def block_tokens_for(shape: CacheShape, cache: CacheConfig) -> int:
-    """Tokens of a host block: a power of two, at most 1 MiB, unless configured."""
+    """Tokens of a block: a power of two, at most 1 MiB, unless configured."""
     if cache.full.block_tokens != "auto":
         return int(cache.full.block_tokens)
     tokens = max(16, TARGET_BLOCK_BYTES // shape.bytes_per_token_and_layer)
@@ -68,43 +76,71 @@ def block_tokens_for(shape: CacheShape, cache: CacheConfig) -> int:
 
 
 def make_plan(inputs: PlanInput, cache: CacheConfig) -> MemoryPlan:
-    """Places the layers of the full cache. Raises ConfigError if it cannot be done."""
-    shape = inputs.target_shape
-    wanted = _wanted_device_layers(inputs, cache)
-    plan = _plan_with(inputs, cache, wanted)
-    may_move = cache.full.tier == FullCacheTier.auto and cache.full.device_layers == "auto"
-    while may_move and plan.num_device_layers and not _fits(plan, inputs):
-        plan = _plan_with(inputs, cache, plan.num_device_layers - 1)
-    if not _fits(plan, inputs):
-        raise ConfigError(_refusal(plan, inputs, cache))
-    num_host_layers = shape.num_layers - plan.num_device_layers
-    plan.reason = f"full cache: {plan.num_device_layers} of {shape.num_layers} layers on the device"
-    if num_host_layers:
-        plan.reason += f", {num_host_layers} on the host in blocks of {plan.block_tokens} tokens"
+    """Places the layers of the full cache: as many as fit on the device, then on the host. Raises ConfigError."""
+    plans = [_plan_with(inputs, cache, *layers) for layers in _choices(inputs, cache)]
+    plan = next((plan for plan in plans if _fits(plan, inputs)), None)
+    if plan is None:
+        raise ConfigError(_refusal(plans, inputs, cache))
+    num_layers = inputs.target_shape.num_layers
+    plan.reason = f"full cache: {plan.num_device_layers} of {num_layers} layers on the device"
+    if plan.num_host_layers:
+        plan.reason += f", {plan.num_host_layers} on the host"
+    if plan.num_disk_layers:
+        plan.reason += f", {plan.num_disk_layers} on disk"
+    if plan.num_device_layers < num_layers:
+        plan.reason += f", in blocks of {plan.block_tokens} tokens"
     return plan
 
 
-def _wanted_device_layers(inputs: PlanInput, cache: CacheConfig) -> int:
-    num_layers, configured = inputs.target_shape.num_layers, cache.full.device_layers
-    if configured != "auto":
-        if int(configured) > num_layers:
-            rule = f"at most the target's {num_layers} layers, or auto"
-            raise ConfigError(f"cache.full.device_layers is {configured}; it must be {rule}")
-        return int(configured)
-    if cache.full.tier != FullCacheTier.host:
-        return num_layers
-    return 0
+def _choices(inputs: PlanInput, cache: CacheConfig) -> list[tuple[int, int]]:
+    """(layers on the device, layers on the host) that the configuration allows, the fastest first."""
+    tier, num_layers = cache.full.tier, inputs.target_shape.num_layers
+    on_device = _configured("device_layers", cache.full.device_layers, num_layers)
+    on_host = _configured("host_layers", cache.full.host_layers, num_layers)
+    if on_device is None:
+        on_device = {FullCacheTier.device: num_layers, FullCacheTier.auto: None}.get(tier, 0)
+    one_memory = inputs.device_is_host and inputs.device_free_bytes >= inputs.host_free_bytes and on_device is None
+    choices = []
+    for num_device in range(num_layers, -1, -1) if on_device is None else [on_device]:
+        rest = num_layers - num_device
+        if tier == FullCacheTier.host:
+            choices.append((num_device, rest))
+        elif on_host is not None:
+            choices += [(num_device, on_host)] if on_host <= rest else []
+        elif tier == FullCacheTier.disk:
+            choices.append((num_device, 0))
+        elif one_memory:
+            # A layer that does not fit on the device does not fit on the host either.
+            choices.append((num_device, 0))
+        else:
+            choices += [(num_device, num_host) for num_host in range(rest, -1, -1)]
+    if not choices:
+        both = f"cache.full.device_layers is {on_device} and cache.full.host_layers is {on_host}"
+        raise ConfigError(f"{both}; together they must be at most the target's {num_layers} layers")
+    return choices
 
 
-def _plan_with(inputs: PlanInput, cache: CacheConfig, num_device_layers: int) -> MemoryPlan:
+def _configured(key: str, value: str, num_layers: int) -> int | None:
+    """A number of layers, or None for auto. Raises ConfigError."""
+    if value == "auto":
+        return None
+    if int(value) > num_layers:
+        raise ConfigError(f"cache.full.{key} is {value}; it must be at most the target's {num_layers} layers, or auto")
+    return int(value)
+
+
+def _plan_with(inputs: PlanInput, cache: CacheConfig, num_device_layers: int, num_host_layers: int) -> MemoryPlan:
     shape, per_layer = inputs.target_shape, inputs.target_shape.bytes_per_token_and_layer
-    num_host_layers = shape.num_layers - num_device_layers
+    num_disk_layers = shape.num_layers - num_device_layers - num_host_layers
+    num_block_layers = num_host_layers + num_disk_layers
     block_tokens = block_tokens_for(shape, cache)
     plan = MemoryPlan(
         max_tokens=inputs.max_tokens,
         slack_tokens=inputs.slack_tokens,
         block_tokens=block_tokens,
         num_device_layers=num_device_layers,
+        num_host_layers=num_host_layers,
+        num_disk_layers=num_disk_layers,
         stream_buffers=cache.full.stream_buffers,
     )
     capacity = inputs.max_tokens + inputs.slack_tokens
@@ -114,11 +150,22 @@ def _plan_with(inputs: PlanInput, cache: CacheConfig, num_device_layers: int) ->
         "full cache": num_device_layers * padded(capacity) * per_layer,
         "activations": inputs.activation_bytes,
     }
-    if num_host_layers:
-        tail = num_host_layers * padded(block_tokens + 2 * inputs.slack_tokens) * per_layer
+    prefill_bytes, update_bytes = 0, 0
+    hidden_bytes = inputs.max_tokens * inputs.hidden_bytes_per_token
+    if num_block_layers:
+        tail = num_block_layers * padded(block_tokens + 2 * inputs.slack_tokens) * per_layer
+        block_bytes, num_blocks = block_tokens * per_layer, inputs.max_tokens // block_tokens
+        buffer_bytes = cache.full.stream_buffers * block_bytes
         plan.device_bytes["full cache tails"] = tail
-        plan.device_bytes["stream buffers"] = cache.full.stream_buffers * block_tokens * per_layer
-        plan.host_bytes["full cache"] = num_host_layers * (inputs.max_tokens // block_tokens) * block_tokens * per_layer
+        plan.device_bytes["stream buffers"] = buffer_bytes
+        plan.host_bytes["full cache"] = num_host_layers * num_blocks * block_bytes
+        plan.disk_bytes["full cache"] = num_disk_layers * num_blocks * padded_to_pages(block_bytes)
+        prefill_bytes = padded(inputs.max_tokens) * per_layer
+        if not inputs.device_is_host:
+            plan.hidden_tier, plan.host_bytes["hidden states"] = "host", hidden_bytes
+            plan.host_bytes["disk buffers"] = buffer_bytes if num_disk_layers else 0
+    if plan.hidden_tier == "device":
+        prefill_bytes += hidden_bytes
     if inputs.retrieval_slots:
         slots = padded(inputs.retrieval_slots)
         positions = shape.num_layers * shape.num_kv_heads * slots * 8
@@ -129,29 +176,37 @@ def _plan_with(inputs: PlanInput, cache: CacheConfig, num_device_layers: int) ->
             plan.device_bytes["retrieval cache"] += padded(groups) * (shape.bytes_per_token + heads * 4)
             num_sums = -(-capacity // inputs.summary_tokens) * heads * 2 * shape.head_dim
             plan.device_bytes["sums of groups"] = num_sums * 4
-        plan.device_bytes["retrieval update"] = plan.device_bytes["retrieval cache"]  # what a rebuild brings, at most
+        # What a rebuild brings of one layer, and as much to put it together.
+        update_bytes = 2 * plan.device_bytes["retrieval cache"] // shape.num_layers
+    # A layer of the prompt and its hidden states are there in prefill alone, an update in decoding alone.
+    plan.device_bytes["workspace"] = max(prefill_bytes, update_bytes)
     if inputs.drafter_shape is not None:
         plan.device_bytes["streaming cache"] = padded(inputs.drafter_slots) * inputs.drafter_shape.bytes_per_token
     return plan
 
 
-def _available(inputs: PlanInput) -> tuple[int, int]:
-    usable = 1 - RESERVE_SHARE
-    return int(inputs.device_free_bytes * usable), int(inputs.host_free_bytes * usable)
+def _available(inputs: PlanInput) -> dict[str, int]:
+    """Usable bytes per tier."""
+    free = {"device": inputs.device_free_bytes, "host": inputs.host_free_bytes, "disk": inputs.disk_free_bytes}
+    return {name: int(num_bytes * (1 - RESERVE_SHARE)) for name, num_bytes in free.items()}
 
 
 def _fits(plan: MemoryPlan, inputs: PlanInput) -> bool:
-    device, host = _available(inputs)
-    need = plan.totals
-    both_fit = not inputs.device_is_host or need["device"] + need["host"] <= host
-    return need["device"] <= device and need["host"] <= host and both_fit
+    have, need = _available(inputs), plan.totals
+    both_fit = not inputs.device_is_host or need["device"] + need["host"] <= have["host"]
+    return both_fit and all(need[name] <= have[name] for name in need)
 
 
-def _refusal(plan: MemoryPlan, inputs: PlanInput, cache: CacheConfig) -> str:
-    device, host = _available(inputs)
-    gib = 2**30
-    need = plan.totals
-    largest = _largest_context(inputs, cache, plan.num_device_layers)
+def _refusal(plans: list[MemoryPlan], inputs: PlanInput, cache: CacheConfig) -> str:
+    """Of the plan that takes least of the device: need, have, the largest context that fits, and the knobs."""
+    plan, have = min(plans, key=lambda plan: plan.totals["device"]), _available(inputs)
+    places = {"device": "on the device", "host": "on the host", "disk": "on disk"}
+    needs = ", ".join(
+        f"{need / 2**30:.2f} GiB {places[name]} (there are {have[name] / 2**30:.2f})"
+        for name, need in plan.totals.items()
+        if need or name != "disk"
+    )
+    largest = _largest_context(inputs, cache)
     hint = (
         f"With these settings {largest} tokens of context fit: set prompt.max_tokens and generation.max_new_tokens to "
         f"that in all"
@@ -159,23 +214,19 @@ def _refusal(plan: MemoryPlan, inputs: PlanInput, cache: CacheConfig) -> str:
         else "Use a smaller model, or set model.dtype=bfloat16"
     )
     move = "" if cache.full.tier == FullCacheTier.auto else ", or cache.full.tier=auto"
-    if cache.full.device_layers != "auto":
-        move += ", or cache.full.device_layers=auto"
-    return (
-        f"a context of {inputs.max_tokens} tokens needs {need['device'] / gib:.2f} GiB on the device (there are "
-        f"{device / gib:.2f}) and {need['host'] / gib:.2f} GiB on the host (there are {host / gib:.2f}). {hint}{move}"
+    move += "".join(
+        f", or cache.full.{key}=auto" for key in ("device_layers", "host_layers") if getattr(cache.full, key) != "auto"
     )
+    return f"a context of {inputs.max_tokens} tokens needs {needs}. {hint}{move}"
 
 
-def _largest_context(inputs: PlanInput, cache: CacheConfig, num_device_layers: int) -> int:
+def _largest_context(inputs: PlanInput, cache: CacheConfig) -> int:
     """By bisection; 0 if not even one token fits."""
-    may_move = cache.full.tier == FullCacheTier.auto and cache.full.device_layers == "auto"
     low, high = 0, inputs.max_tokens
     while low < high:
         middle = (low + high + 1) // 2
         smaller = replace(inputs, max_tokens=middle)
-        choices = range(inputs.target_shape.num_layers + 1) if may_move else [num_device_layers]
-        if any(_fits(_plan_with(smaller, cache, choice), smaller) for choice in choices):
+        if any(_fits(_plan_with(smaller, cache, *layers), smaller) for layers in _choices(smaller, cache)):
             low = middle
         else:
             high = middle - 1

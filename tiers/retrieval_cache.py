@@ -11,7 +11,7 @@ The summary has slots of its own, written by load at a rebuild.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,20 +21,27 @@ from tiers.context_summary import Summary
 
 
 @dataclass(slots=True)
+class LayerUpdate:
+    """Keys and values [H, n, D] of one layer; of a rebuild also their positions [H, n], and a summary of the rest."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    positions: torch.Tensor | None = None
+    summary: Summary | None = None
+
+
+@dataclass(slots=True)
 class RetrievalUpdate:
     """What the verifier tells the retrieval cache: the true keys and values of some tokens.
 
-    `kv[layer]` is (k, v), [H, n, D] each. A rebuild brings the chosen chunks, `positions[layer]` [H, n] of them, and
-    may bring a summary of the other tokens for each layer, or None for some; otherwise they are the tokens from
-    position `start` on. Either way the cache then holds `length` tokens.
+    A rebuild brings the chosen chunks; otherwise they are the tokens from position `start` on. Either way the cache
+    then holds `length` tokens. `layers` may be made as they are taken, so that only one of them needs memory.
     """
 
     is_rebuild: bool
     start: int
     length: int
-    kv: list[tuple[torch.Tensor, torch.Tensor]]
-    positions: list[torch.Tensor] | None = None
-    summaries: list[Summary | None] | None = None
+    layers: Iterable[LayerUpdate]
 
 
 class RetrievalCache:
@@ -70,21 +77,21 @@ class RetrievalCache:
 
     def load(self, update: RetrievalUpdate) -> None:
         """Takes a rebuild, or replaces drafted keys and values by the verifier's."""
-        if update.is_rebuild:
-            self.base, self._num_retrieved = update.length, update.kv[0][0].shape[1]
         first = 0 if update.is_rebuild else self._slot(update.start)
-        for layer, (k, v) in enumerate(update.kv):
-            end = first + k.shape[1]
-            self._kv[layer, 0, :, first:end] = k
-            self._kv[layer, 1, :, first:end] = v
+        end = first
+        for layer, new in enumerate(update.layers):
+            end = first + new.k.shape[1]
+            self._kv[layer, 0, :, first:end] = new.k
+            self._kv[layer, 1, :, first:end] = new.v
             if update.is_rebuild:
-                self._positions[layer, :, :end] = update.positions[layer]
+                self._positions[layer, :, :end] = new.positions
+                self._load_summary(layer, new.summary)
             else:
                 self._positions[layer, :, first:end] = torch.arange(
                     update.start, update.length, device=self._positions.device
                 )
-            if update.is_rebuild:
-                self._load_summary(layer, None if update.summaries is None else update.summaries[layer])
+        if update.is_rebuild:
+            self.base, self._num_retrieved = update.length, end
         self.length = update.length
 
     def _load_summary(self, layer: int, summary: Summary | None) -> None:

@@ -7,7 +7,7 @@ import torch
 from tiers.chunk_index import ChunkIndex
 from tiers.context_summary import ContextSummary, Summary
 from tiers.full_cache import FullCache
-from tiers.retrieval_cache import RetrievalUpdate
+from tiers.retrieval_cache import LayerUpdate, RetrievalUpdate
 
 
 class RetrievalSelection:
@@ -48,8 +48,8 @@ class RetrievalSelection:
         start, num_tokens = min(self._num_sent, self._cache.length), self._cache.length
         self._num_sent = num_tokens
         layers = range(len(self._windows)) if start < num_tokens else ()
-        kv = [self._cache.read(layer, start, num_tokens) for layer in layers]
-        return RetrievalUpdate(is_rebuild=False, start=start, length=num_tokens, kv=kv)
+        new = (LayerUpdate(*self._cache.read(layer, start, num_tokens)) for layer in layers)
+        return RetrievalUpdate(is_rebuild=False, start=start, length=num_tokens, layers=new)
 
     def rebuild(self, queries: dict[int, torch.Tensor]) -> RetrievalUpdate:
         """The chunks that matter to `queries` (per layer [H, G, T, D], T >= 1); all of the cache's tokens are final."""
@@ -57,15 +57,8 @@ class RetrievalSelection:
         if self._summary is not None:
             self._summary.catch_up(self._cache)
         self._num_sent = self._cache.length
-        chosen = [self._retrieve(layer, queries[layer]) for layer in range(len(self._windows))]
-        return RetrievalUpdate(
-            is_rebuild=True,
-            start=0,
-            length=self._cache.length,
-            kv=[(k, v) for k, v, _ in chosen],
-            positions=[positions for _, _, positions in chosen],
-            summaries=[self._summary_of_rest(layer, *chosen[layer]) for layer in range(len(self._windows))],
-        )
+        layers = (self._retrieve(layer, queries[layer]) for layer in range(len(self._windows)))
+        return RetrievalUpdate(is_rebuild=True, start=0, length=self._cache.length, layers=layers)
 
     def _summary_of_rest(self, layer: int, k, v, positions) -> Summary | None:
         """A sliding window moves on past what is summed up: its layers do without."""
@@ -73,8 +66,8 @@ class RetrievalSelection:
             return None
         return self._summary.rest(layer, positions, k, v)
 
-    def _retrieve(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys, values [H, n, D] and positions [H, n]: the chosen chunks, then the last, incomplete chunk."""
+    def _retrieve(self, layer: int, q: torch.Tensor) -> LayerUpdate:
+        """The chosen chunks, then the last, incomplete chunk."""
         size, num_tokens, window = self.index.chunk_size, self._cache.length, self._windows[layer]
         num_chunks = min(self._budget, num_tokens) // size
         num_newest = min(num_chunks, max(1, round(num_chunks * self._newest_share)))
@@ -88,4 +81,4 @@ class RetrievalSelection:
             k, v = torch.cat([k, k_rest], dim=1), torch.cat([v, v_rest], dim=1)
             rest = torch.arange(start_of_rest, num_tokens, device=ids.device)
             positions = torch.cat([positions, rest.expand(ids.shape[0], -1)], dim=1)
-        return k, v, positions
+        return LayerUpdate(k, v, positions, self._summary_of_rest(layer, k, v, positions))

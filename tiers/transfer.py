@@ -1,125 +1,191 @@
-"""Copies between tiers: blocks of the host tier stream through a few device buffers while attention computes.
+"""Copies between tiers: blocks stream through a few device buffers while attention computes; new ones go to their tier.
 
 Why no copy races with its use:
 - A buffer is handed to the consumer only after the copy into it is done: on CUDA the compute stream waits for the
-  event recorded behind the copy; on a CPU the consumer takes the block from a queue that the copy thread fills
-  afterwards. There is no other way to a buffer.
-- A buffer is overwritten only after its consumer asked for the next block: on CUDA the copy stream waits for the event
-  recorded on the compute stream at that moment; on a CPU the copy thread waits for a semaphore.
-- A host block is read only if it was complete when the pass began: the copy stream first waits for all work then
-  queued on the compute stream, among it the writes to the host; on a CPU writes are done when they return.
+  event recorded behind the copy; on a CPU the consumer waits for the copy's future. There is no other way to a buffer.
+- A copy into a buffer is issued only when its consumer asked for the next block: on CUDA the copy stream waits for the
+  event recorded on the compute stream at that moment; on a CPU the consumer's work is done when it asks.
+- A block is read only if it was complete when the pass began: on CUDA the copy stream first waits for all work then
+  queued on the compute stream, among it the writes to the host; on a CPU writes are done when `drain` returns.
+- From disk to a CUDA device a block goes through a page-locked buffer, which is read into only after the copy out of
+  it is done: the reading thread waits for that copy's event.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from tiers.base import Tier
 
+COPY_THREAD = "tierforce-stream"
+CATCH_UP_SECONDS = 1e-3
+"""A link is busy without a break if its next copy comes so soon: sleeping is not exact."""
+
 
 @dataclass(slots=True)
 class StreamStats:
-    """What was streamed: copy seconds, and seconds in which attention waited for a copy."""
+    """What was streamed: seconds in which a copy was under way, and seconds in which attention waited for one."""
 
     num_bytes: int = 0
     seconds: float = 0.0
     stall_seconds: float = 0.0
 
 
+class StoredBlock(Protocol):
+    """A block that is not in memory, to be streamed like one that is."""
+
+    nbytes: int
+
+    def read_into(self, buffer: torch.Tensor) -> None:
+        """Fills `buffer`, on the host. Raises DamagedBlockError."""
+
+
+class Link:
+    """An emulated link from host to device: copies over it take turns and no less time than at `gb_per_s`.
+
+    None is as fast as the machine.
+    """
+
+    def __init__(self, gb_per_s: float | None):
+        self.gb_per_s = gb_per_s
+        self._lock = threading.Lock()
+        self._free_at = 0.0
+
+    def pace(self, began: float, num_bytes: int) -> None:
+        """Returns when a copy of so many bytes, begun at time.perf_counter() == `began`, would be done."""
+        if self.gb_per_s is None:
+            return
+        with self._lock:
+            idle = began - self._free_at
+            self._free_at = (began if idle > CATCH_UP_SECONDS else self._free_at) + num_bytes / self.gb_per_s / 1e9
+            done_at = self._free_at
+        time.sleep(max(0.0, done_at - time.perf_counter()))
+
+
+AS_FAST_AS_IT_IS = Link(None)
+
+
+def _copy_threads(count: int) -> ThreadPoolExecutor:
+    """Of one torch thread each: the compute threads need the cores. They start with their first copy."""
+    return ThreadPoolExecutor(count, thread_name_prefix=COPY_THREAD, initializer=lambda: torch.set_num_threads(1))
+
+
 class CpuBlockStreamer:
-    """A copy thread that runs ahead of the consumer by as many blocks as there are buffers."""
+    """Copies run ahead of the consumer in threads, by as many blocks as there are buffers."""
 
-    def __init__(self, block_size: Sequence[int], dtype: torch.dtype, num_buffers: int, tier: Tier):
+    def __init__(
+        self,
+        block_size: Sequence[int],
+        dtype: torch.dtype,
+        num_buffers: int,
+        tier: Tier,
+        *,
+        num_threads: int = 1,
+        link: Link = AS_FAST_AS_IT_IS,
+    ):
         self._buffers = [tier.allocate(*block_size, dtype=dtype) for _ in range(num_buffers)]
+        self._link, self._threads = link, _copy_threads(num_threads)
         self.stats = StreamStats()
-        self._passes: queue.SimpleQueue = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._ready: queue.SimpleQueue = queue.SimpleQueue()
-        self._free = threading.Semaphore(0)
-        self._cancelled = threading.Event()
-        self._num_left = 0
+        self._blocks: list[torch.Tensor | StoredBlock] = []
+        self._num_taken = 0
+        self._copies: deque[Future] = deque()
+        self._counted_until = 0.0
 
-    def begin(self, blocks: list[torch.Tensor]) -> None:
+    def begin(self, blocks: list[torch.Tensor | StoredBlock]) -> None:
         """A pass begins that will take `blocks`, in this order."""
-        assert not self._num_left, f"a pass begins with {self._num_left} blocks of the last one not taken"
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._copy_passes, name="tierforce-stream", daemon=True)
-            self._thread.start()
-        # Fresh ones for each pass: an aborted pass leaves nothing behind.
-        self._ready, self._free = queue.SimpleQueue(), threading.Semaphore(len(self._buffers))
-        self._cancelled = threading.Event()
-        self._num_left = len(blocks)
-        if blocks:
-            self._passes.put((blocks, self._ready, self._free, self._cancelled))
+        num_left = len(self._blocks) - self._num_taken
+        assert not num_left, f"a pass begins with {num_left} blocks of the last one not taken"
+        self._blocks, self._num_taken = blocks, 0
+        for _ in range(min(len(self._buffers), len(blocks))):
+            self._issue()
+
+    def _issue(self) -> None:
+        index = self._num_taken + len(self._copies)
+        buffer = self._buffers[index % len(self._buffers)]
+        self._copies.append(self._threads.submit(self._copy, self._blocks[index], buffer))
+
+    def _copy(self, block: torch.Tensor | StoredBlock, buffer: torch.Tensor) -> tuple[torch.Tensor, float, float]:
+        """The buffer, and when its copy began and ended."""
+        began = time.perf_counter()
+        if isinstance(block, torch.Tensor):
+            buffer.copy_(block)
+        else:
+            block.read_into(buffer)
+        self._link.pace(began, block.nbytes)
+        return buffer, began, time.perf_counter()
 
     def take(self, count: int) -> Iterator[torch.Tensor]:
         """The next `count` blocks, on the device; each is valid until the next one is asked for."""
-        assert count <= self._num_left, f"{count} blocks asked for, {self._num_left} left of the pass"
+        num_left = len(self._blocks) - self._num_taken
+        assert count <= num_left, f"{count} blocks asked for, {num_left} left of the pass"
         for _ in range(count):
             began = time.perf_counter()
-            block = self._ready.get()
+            block, *span = self._copies.popleft().result()
             self.stats.stall_seconds += time.perf_counter() - began
-            if isinstance(block, BaseException):
-                raise block
-            self._num_left -= 1
+            self._count(block.nbytes, *span)
+            self._num_taken += 1
             yield block
-            self._free.release()
+            if self._num_taken + len(self._copies) < len(self._blocks):
+                self._issue()
+
+    def _count(self, num_bytes: int, began: float, ended: float) -> None:
+        """Time in which several copies were under way counts once."""
+        self.stats.num_bytes += num_bytes
+        self.stats.seconds += max(0.0, ended - max(began, self._counted_until))
+        self._counted_until = max(self._counted_until, ended)
 
     def cancel(self) -> None:
         """The pass failed: what is left of it will not be taken."""
-        self._num_left = 0
-        self._cancelled.set()
-        self._free.release()
+        for copy in self._copies:
+            copy.cancel()
+        wait(self._copies)
+        self._copies.clear()
+        self._blocks, self._num_taken = [], 0
 
     def close(self) -> None:
-        """Ends the copy thread."""
-        if self._thread is not None:
-            self.cancel()
-            self._passes.put(None)
-            self._thread.join()
-            self._thread = None
-
-    def _copy_passes(self) -> None:
-        torch.set_num_threads(1)  # of this thread: the compute threads need the cores
-        while (job := self._passes.get()) is not None:
-            blocks, ready, free, cancelled = job
-            for index, block in enumerate(blocks):
-                free.acquire()
-                if cancelled.is_set():
-                    break
-                try:
-                    began = time.perf_counter()
-                    buffer = self._buffers[index % len(self._buffers)].copy_(block)
-                    self.stats.seconds += time.perf_counter() - began
-                    self.stats.num_bytes += block.nbytes
-                    ready.put(buffer)
-                except BaseException as error:
-                    ready.put(error)
-                    break
+        """Ends the copy threads."""
+        self.cancel()
+        self._threads.shutdown()
 
 
 class CudaBlockStreamer:
-    """A copy stream; the host issues copies as buffers become free, without waiting for either stream."""
+    """A copy stream; the host issues copies as buffers become free, without waiting for either stream.
 
-    def __init__(self, block_size: Sequence[int], dtype: torch.dtype, num_buffers: int, tier: Tier):
+    `staging` are page-locked buffers, as many as device buffers, through which blocks from disk go; or none.
+    """
+
+    def __init__(
+        self,
+        block_size: Sequence[int],
+        dtype: torch.dtype,
+        num_buffers: int,
+        tier: Tier,
+        *,
+        num_threads: int = 1,
+        staging: Sequence[torch.Tensor] = (),
+    ):
         self._buffers = [tier.allocate(*block_size, dtype=dtype) for _ in range(num_buffers)]
+        self._staging, self._threads = staging, _copy_threads(num_threads)
         self._device = self._buffers[0].device
         self._copy_stream = torch.cuda.Stream(self._device)
         self._copied = [torch.cuda.Event() for _ in self._buffers]
         self._used = [torch.cuda.Event() for _ in self._buffers]
         self._stats = StreamStats()
-        self._blocks: list[torch.Tensor] = []
+        self._blocks: list[torch.Tensor | StoredBlock] = []
+        self._reads: list[Future | None] = [None] * num_buffers
         self._num_issued = self._num_taken = 0
         self._began: torch.cuda.Event | None = None
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # of passes all of whose copies are issued
 
-    def begin(self, blocks: list[torch.Tensor]) -> None:
+    def begin(self, blocks: list[torch.Tensor | StoredBlock]) -> None:
         """See CpuBlockStreamer.begin."""
         assert self._num_taken == len(self._blocks), "a pass begins with blocks of the last one not taken"
         self._blocks, self._num_issued, self._num_taken = blocks, 0, 0
@@ -133,18 +199,26 @@ class CudaBlockStreamer:
 
     def _issue(self) -> None:
         index = self._num_issued
-        slot = index % len(self._buffers)
-        with torch.cuda.stream(self._copy_stream):
-            if index >= len(self._buffers):
-                self._copy_stream.wait_event(self._used[slot])
-            self._buffers[slot].copy_(self._blocks[index], non_blocking=True)
-            self._copied[slot].record(self._copy_stream)
-        self._stats.num_bytes += self._blocks[index].nbytes
+        slot, block = index % len(self._buffers), self._blocks[index]
+        if index >= len(self._buffers):
+            self._copy_stream.wait_event(self._used[slot])
+        if isinstance(block, torch.Tensor):
+            self._copy(block, slot)
+        else:
+            self._reads[slot] = self._threads.submit(self._read_and_copy, block, slot)
+        self._stats.num_bytes += block.nbytes
         self._num_issued += 1
-        if self._num_issued == len(self._blocks):
-            ended = torch.cuda.Event(enable_timing=True)
-            ended.record(self._copy_stream)
-            self._spans.append((self._began, ended))
+
+    def _copy(self, block: torch.Tensor, slot: int) -> None:
+        with torch.cuda.stream(self._copy_stream):
+            self._buffers[slot].copy_(block, non_blocking=True)
+            self._copied[slot].record(self._copy_stream)
+
+    def _read_and_copy(self, block: StoredBlock, slot: int) -> None:
+        with torch.cuda.device(self._device):
+            self._copied[slot].synchronize()  # the last copy out of the staging buffer; at first there was none
+            block.read_into(self._staging[slot])
+            self._copy(self._staging[slot], slot)
 
     def take(self, count: int) -> Iterator[torch.Tensor]:
         """See CpuBlockStreamer.take."""
@@ -153,16 +227,30 @@ class CudaBlockStreamer:
         compute_stream = torch.cuda.current_stream(self._device)
         for _ in range(count):
             slot = self._num_taken % len(self._buffers)
+            self._finish_read(slot)
             compute_stream.wait_event(self._copied[slot])
             self._num_taken += 1
+            if self._num_taken == len(self._blocks):
+                ended = torch.cuda.Event(enable_timing=True)
+                ended.record(self._copy_stream)
+                self._spans.append((self._began, ended))
             yield self._buffers[slot]
             self._used[slot].record(compute_stream)
             if self._num_issued < len(self._blocks):
                 self._issue()
 
+    def _finish_read(self, slot: int) -> None:
+        """Only when the copy is on its stream can another stream wait for it."""
+        read, self._reads[slot] = self._reads[slot], None
+        if read is not None:
+            began = time.perf_counter()
+            read.result()
+            self._stats.stall_seconds += time.perf_counter() - began
+
     @property
     def stats(self) -> StreamStats:
-        """Waits for the device. Stalls are not told apart from compute on CUDA: `seconds` spans the whole pass."""
+        """Waits for the device. `seconds` spans whole passes; stalls are those for the disk: a stream that waits for a
+        copy from host memory is not told apart from one that computes."""
         torch.cuda.synchronize(self._device)
         self._stats.seconds += sum(start.elapsed_time(end) for start, end in self._spans) / 1e3
         self._spans.clear()
@@ -170,15 +258,85 @@ class CudaBlockStreamer:
 
     def cancel(self) -> None:
         """See CpuBlockStreamer.cancel."""
+        wait([read for read in self._reads if read is not None])
+        self._reads = [None] * len(self._buffers)
         self._copy_stream.synchronize()
         self._blocks, self._num_issued, self._num_taken = [], 0, 0
 
     def close(self) -> None:
         """Waits for copies under way."""
-        self._copy_stream.synchronize()
+        self.cancel()
+        self._threads.shutdown()
 
 
-def make_streamer(block_size: Sequence[int], dtype: torch.dtype, num_buffers: int, tier: Tier, device: torch.device):
-    """The streamer for blocks of this size to `device`, whose buffers come from `tier`."""
-    kind = CudaBlockStreamer if device.type == "cuda" else CpuBlockStreamer
-    return kind(block_size, dtype, num_buffers, tier)
+class BlockWriter:
+    """Writes blocks behind the computation: in a thread, and on CUDA over a stream of its own.
+
+    What is written must stay as it is until `drain`.
+    """
+
+    def __init__(self, device: torch.device, num_threads: int = 1):
+        self._device, self._threads = device, _copy_threads(num_threads)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._writes: list[Future] = []
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """`write` copies something that was queued for computation before this call."""
+        ready = None
+        if self._stream is not None:
+            ready = torch.cuda.Event()
+            ready.record(torch.cuda.current_stream(self._device))
+        self._writes.append(self._threads.submit(self._write, write, ready))
+
+    def _write(self, write: Callable[[], None], ready: torch.cuda.Event | None) -> None:
+        if self._stream is None:
+            write()
+            return
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            write()
+
+    def drain(self) -> None:
+        """Waits until all is written; raises what a write raised."""
+        writes, self._writes = self._writes, []
+        wait(writes)
+        if self._stream is not None:
+            self._stream.synchronize()
+        for write in writes:
+            write.result()
+
+    def cancel(self) -> None:
+        """What is not yet written will not be, and what went wrong does not matter."""
+        for write in self._writes:
+            write.cancel()
+        wait(self._writes)
+        self._writes = []
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self.cancel()
+        self._threads.shutdown()
+
+
+def make_streamer(
+    block_size: Sequence[int],
+    dtype: torch.dtype,
+    num_buffers: int,
+    device_tier: Tier,
+    device: torch.device,
+    *,
+    num_threads: int = 1,
+    link: Link = AS_FAST_AS_IT_IS,
+    staging_tier: Tier | None = None,
+):
+    """The streamer for blocks of this size to `device`, whose buffers come from `device_tier`.
+
+    Blocks from disk need `staging_tier`, of host memory. `link` is emulated on a CPU only.
+    """
+    if device.type != "cuda":
+        return CpuBlockStreamer(block_size, dtype, num_buffers, device_tier, num_threads=num_threads, link=link)
+    count = num_buffers if staging_tier is not None else 0
+    staging = [staging_tier.allocate(*block_size, dtype=dtype) for _ in range(count)]
+    return CudaBlockStreamer(block_size, dtype, num_buffers, device_tier, num_threads=num_threads, staging=staging)

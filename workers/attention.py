@@ -30,11 +30,18 @@ class ForwardPass:
     """What one forward pass works on; `observe(layer, q, k, v)` sees each layer's queries, keys and values.
 
     Queries [H, G, T, D]; keys and values [H, T, D].
+
+    With `keys_only` attention is not computed: KeysKnown ends the pass when the cache has the keys and values.
     """
 
     cache: KVCache
     first_position: int
     observe: object = None
+    keys_only: bool = False
+
+
+class KeysKnown(Exception):  # noqa: N818
+    """Not an error: the keys and values that the pass was for are in the cache."""
 
 
 # Not an argument of the model's forward: some families drop keyword arguments they do not know.
@@ -71,6 +78,8 @@ def cached_attention(
     forward_pass.cache.append(module.layer_idx, k, v)
     if forward_pass.observe is not None:
         forward_pass.observe(module.layer_idx, q, k, v)
+    if forward_pass.keys_only:
+        raise KeysKnown
     out = attend(
         q,
         forward_pass.cache.segments(module.layer_idx),

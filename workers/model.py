@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cached_property, partial
+
 import torch
 
+from tiers.base import Tier
 from tiers.full_cache import FullCache
 from tiers.retrieval_cache import RetrievalCache, RetrievalUpdate
 from tiers.retrieval_selection import RetrievalSelection
 from tiers.streaming_llm_cache import StreamingLLMCache
 from workers.attention import ATTENTION_NAME, ForwardPass, active
+from workers.layer_major import LayerMajor
 from workers.rotary import make_length_independent
 
 
@@ -17,10 +21,15 @@ class CausalModel:
 
     def __init__(self, model, device: torch.device):
         self.hf_model = model.eval()
-        self.device = device
+        self.device, self.dtype = device, model.dtype
         self.vocab_size = model.get_output_embeddings().weight.shape[0]
         model.set_attn_implementation(ATTENTION_NAME)
         self._rotary_table = make_length_independent(model)
+
+    @cached_property
+    def layer_major(self) -> LayerMajor:
+        """Raises TypeError where the model has no plain list of layers."""
+        return LayerMajor(self.hf_model, self.device)
 
     def start_sequence(self, num_prompt_tokens: int) -> None:
         """A prompt of so many tokens comes: it fixes the rotation of each position where that depends on length."""
@@ -47,30 +56,49 @@ class TargetModel:
     """
 
     def __init__(
-        self, model: CausalModel, cache: FullCache, *, piece_tokens: int, selection: RetrievalSelection | None
+        self,
+        model: CausalModel,
+        cache: FullCache,
+        *,
+        piece_tokens: int,
+        hidden_tier: Tier,
+        selection: RetrievalSelection | None,
     ):
         self._model, self._cache, self.vocab_size = model, cache, model.vocab_size
-        self._piece_tokens, self._selection = piece_tokens, selection
+        self._piece_tokens, self._hidden_tier, self._selection = piece_tokens, hidden_tier, selection
         self.queries: dict[int, torch.Tensor] = {}
         """Of the last `append`, per layer [H, G, T, D], from position `queries_start` on."""
         self.queries_start = 0
-        self.on_prefill_progress = lambda num_read, num_tokens: None
+        self.on_prefill_progress = lambda done, total: None
 
     @property
     def length(self) -> int:
         return self._cache.length
 
     def prefill(self, tokens: list[int]) -> None:
-        """Reads the prompt in pieces, which bounds the memory of activations."""
-        self._cache.reset()
+        """Reads the prompt layer by layer, in pieces, which bounds the memory of activations."""
         if self._selection is not None:
             self._selection.reset()
         # The prompt's last token comes with the first verification.
         self._model.start_sequence(len(tokens) + 1)
-        for at in range(0, len(tokens), self._piece_tokens):
-            piece = tokens[at : at + self._piece_tokens]
-            self._model.forward(piece, self._cache, 1, self._take_final)
-            self.on_prefill_progress(at + len(piece), len(tokens))
+        waiting: list[torch.Tensor] = []
+        try:
+            with self._cache.prefill(len(tokens)) as make_layer_cache:
+                self._model.layer_major.prefill(
+                    tokens,
+                    make_layer_cache,
+                    self._piece_tokens,
+                    make_hidden=partial(self._allocate_hidden, waiting),
+                    observe=None if self._selection is None else self._selection.observe,
+                    on_progress=self.on_prefill_progress,
+                )
+        finally:
+            for tensor in waiting:
+                self._hidden_tier.free(tensor)
+
+    def _allocate_hidden(self, waiting: list[torch.Tensor], *size: int) -> torch.Tensor:
+        waiting.append(self._hidden_tier.allocate(*size, dtype=self._model.dtype))
+        return waiting[0]
 
     def append(self, tokens: list[int], num_logits: int) -> torch.Tensor:
         self.queries_start = self._cache.length
@@ -78,10 +106,6 @@ class TargetModel:
 
     def truncate(self, length: int) -> None:
         self._cache.truncate(length)
-
-    def _take_final(self, layer: int, q, k, v) -> None:
-        if self._selection is not None:
-            self._selection.observe(layer, self._cache.length, k, v)
 
     def _keep_queries(self, layer: int, q, k, v) -> None:
         self.queries[layer] = q

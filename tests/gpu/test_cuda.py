@@ -5,7 +5,9 @@ tokens of transformers' own generate. Streams are made slow with kernels that sl
 from __future__ import annotations
 
 import gc
+import tempfile
 from contextlib import closing
+from functools import partial
 
 import pytest
 import torch
@@ -26,12 +28,14 @@ from conf.schema import (
     SamplingConfig,
     StreamingCacheConfig,
 )
+from tests.all_caches import read_prompt, space_on
 from tests.tiny_models import random_prompt, save_checkpoint, tiny_config
-from tiers.base import CacheShape, Segment
+from tiers.base import BlockShape, CacheShape, Segment
 from tiers.device_tier import DeviceTier
-from tiers.full_cache import DeviceLayer, FullCache, HostLayer
+from tiers.disk_tier import DiskTier
+from tiers.full_cache import BlockLayer, DeviceLayer, FullCache
 from tiers.pinned_host_tier import PinnedHostTier, can_pin
-from tiers.transfer import CudaBlockStreamer, make_streamer
+from tiers.transfer import BlockWriter, CudaBlockStreamer, make_streamer
 from workers.attention import ForwardPass, active, attend
 
 pytestmark = [
@@ -265,39 +269,54 @@ class ResidentBlocks:
 
 
 def one_layer_cache(kind: str, dtype: torch.dtype, *, num_heads: int = 4, dim: int = 64) -> FullCache:
-    """kind: device; host, streamed; host, with copies that come late; or host, resident."""
+    """kind: device; host, streamed; host, with copies that come late; host, resident; or disk."""
     shape = CacheShape(num_layers=1, num_kv_heads=num_heads, head_dim=dim, dtype=dtype)
     device_tier, host_tier = DeviceTier(CUDA), PinnedHostTier(pin=can_pin())
     if kind == "device":
-        return FullCache([DeviceLayer(shape, 2100, device_tier)], [None], None)
-    layer = HostLayer(shape, 2000, 64, 70, host_tier, device_tier)
-    block = (2, num_heads, 64, dim)
+        return FullCache([DeviceLayer(shape, 2100, device_tier)], [None])
+    block = BlockShape(num_kv_heads=num_heads, num_tokens=64, head_dim=dim, dtype=dtype)
+    block_tier = DiskTier(tempfile.gettempdir()) if kind == "disk" else host_tier
+    layer = BlockLayer(shape, block_tier.blocks(block, 2000 // 64), 70, device_tier)
+    poisoned = PoisonedDeviceTier(CUDA)
     streamer = {
-        "host, streamed": lambda: make_streamer(block, dtype, 2, PoisonedDeviceTier(CUDA), CUDA),
-        "host, copies late": lambda: SlowCopies(block, dtype, 2, PoisonedDeviceTier(CUDA)),
+        "host, streamed": lambda: make_streamer(block.size, dtype, 2, poisoned, CUDA),
+        "host, copies late": lambda: SlowCopies(block.size, dtype, 2, poisoned),
         "host, resident": ResidentBlocks,
+        "disk": lambda: make_streamer(block.size, dtype, 3, poisoned, CUDA, num_threads=3, staging_tier=host_tier),
     }[kind]()
-    return FullCache([layer], [None], streamer)
+    return FullCache([layer], [None], streamer, BlockWriter(CUDA), partial(space_on, device_tier, shape))
 
 
 def outputs_over(cache: FullCache, dtype: torch.dtype, *, num_groups: int = 2) -> list[torch.Tensor]:
-    """Attention of prefill in pieces, then of rounds with roll back."""
+    """Attention of a prompt in pieces, then of rounds with roll back."""
     generator = torch.Generator().manual_seed(0)
     outs = []
-    for num_new, num_rolled_back in ((500, 0), (300, 0), (1, 0), (9, 5), (9, 0), (70, 60), (3, 200), (17, 0)):
+
+    def new_tokens(num_new: int):
         q = torch.randn(4, num_groups, num_new, 64, generator=generator).to(CUDA, dtype)
-        k, v = torch.randn(2, 4, num_new, 64, generator=generator).to(CUDA, dtype)
-        first = cache.length
-        with active(ForwardPass(cache, first), num_new):
-            cache.append(0, k, v)
-            outs.append(attend(q, cache.segments(0), first_position=first, scale=0.125))
+        return q, *torch.randn(2, 4, num_new, 64, generator=generator).to(CUDA, dtype)
+
+    def attend_over(level, num_new: int) -> None:
+        q, k, v = new_tokens(num_new)
+        first = level.length
+        with active(ForwardPass(level, first), num_new):
+            level.append(0, k, v)
+            outs.append(attend(q, level.segments(0), first_position=first, scale=0.125))
+
+    with cache.prefill(800) as make_layer_cache:
+        layer_cache = make_layer_cache(0)
+        for num_new in (500, 300):
+            attend_over(layer_cache, num_new)
+        layer_cache.finish()
+    for num_new, num_rolled_back in ((1, 0), (9, 5), (9, 0), (70, 60), (3, 200), (17, 0)):
+        attend_over(cache, num_new)
         cache.truncate(cache.length - num_rolled_back)
     cache.close()
     return [out.cpu().double() for out in outs]
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("kind", ["host, streamed", "host, copies late"])
+@pytest.mark.parametrize("kind", ["host, streamed", "host, copies late", "disk"])
 def test_streamed_keys_give_the_same_bits_as_resident_ones_cut_alike(kind, dtype):
     streamed = outputs_over(one_layer_cache(kind, dtype), dtype)
     resident = outputs_over(one_layer_cache("host, resident", dtype), dtype)
@@ -317,15 +336,11 @@ def test_streamed_keys_give_nearly_the_result_of_keys_in_one_piece(dtype):
         assert (one - other).abs().max() / other.abs().max() < MERGING_ERROR[dtype]
 
 
-def test_host_layer_reads_and_gathers_what_was_appended():
-    cache = one_layer_cache("host, streamed", torch.float32)
+@pytest.mark.parametrize("kind", ["host, streamed", "disk"])
+def test_layer_in_blocks_reads_and_gathers_what_its_prompt_brought(kind):
+    cache = one_layer_cache(kind, torch.float32)
     k, v = torch.randn(2, 4, 700, 64, device=CUDA)
-    for at in range(0, 700, 300):
-        part = k[:, at : at + 300], v[:, at : at + 300]
-        with active(ForwardPass(cache, cache.length), part[0].shape[1]):
-            cache.append(0, *part)
-            for _ in cache.segments(0):
-                pass
+    read_prompt(cache, [(k, v)], 300)
     for start, end in ((0, 700), (63, 65), (640, 700), (699, 700), (10, 11)):
         k_read, v_read = cache.read(0, start, end)
         assert torch.equal(k_read, k[:, start:end]) and torch.equal(v_read, v[:, start:end])
@@ -374,6 +389,7 @@ def generate(folder, mode: Mode, drafter: str, **full) -> list[int]:
         sampling=SamplingConfig(temperature=0.0),
         generation=GenerationConfig(max_new_tokens=NUM_TOKENS, ignore_eos=True),
         placement=PlacementConfig(device="cuda"),
+        output=tempfile.gettempdir(),
     )
     with closing(build(config, prepare(config), PROMPT, NUM_TOKENS, seed=0)) as engine:
         hierarchy = engine.hierarchy
@@ -392,9 +408,10 @@ def generate(folder, mode: Mode, drafter: str, **full) -> list[int]:
     [
         {"tier": FullCacheTier.device},
         {"tier": FullCacheTier.host, "block_tokens": "32"},
+        {"tier": FullCacheTier.disk, "block_tokens": "32", "host_layers": "1"},
         {"device_layers": "1", "block_tokens": "64", "stream_buffers": 3},
     ],
-    ids=["device", "host", "host and device"],
+    ids=["device", "host", "disk and host", "host and device"],
 )
 def test_greedy_tokens_are_those_of_transformers(folder, greedy_on_cuda, full, drafter, mode):
     drafter = str(folder) if drafter == "itself" else drafter

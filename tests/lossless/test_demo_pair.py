@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from conf.schema import Coupling, Mode, SamplingConfig
 from tests.tiny_models import greedy_tokens
-from tests.tiny_runs import DEVICE, HOST, Generated, generate, tiny_run
+from tests.tiny_runs import DEVICE, DISK, HOST, Generated, generate, tiny_run
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets/demo"
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -50,7 +50,7 @@ def autoregressive_tokens(package: str, num_prompt_tokens: int, num_tokens: int)
     return run(package, num_prompt_tokens, num_tokens, Mode.autoregressive, DEVICE, sampling=GUMBEL).tokens
 
 
-@pytest.mark.parametrize("tier", [DEVICE, HOST])
+@pytest.mark.parametrize("tier", [DEVICE, HOST, DISK])
 @pytest.mark.parametrize("mode", list(Mode))
 def test_greedy_tokens_are_those_of_transformers(mode, tier):
     prompt = ("email", NUM_PROMPT_TOKENS, NUM_TOKENS)
@@ -69,7 +69,7 @@ def test_most_tokens_were_drafted():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tier", [DEVICE, HOST])
+@pytest.mark.parametrize("tier", [DEVICE, HOST, DISK])
 @pytest.mark.parametrize("mode", list(Mode))
 @pytest.mark.parametrize("package", LONG_PROMPTS)
 def test_greedy_tokens_after_long_prompts_are_those_of_transformers(package, mode, tier):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from conf.schema import LOOKUP_DRAFTER, NO_DRAFTER, Mode
 from tests.tiny_models import FAMILIES, WINDOW, greedy_tokens, random_prompt
-from tests.tiny_runs import ALL, CHUNK, DEVICE, HOST, generate, tiny_run
+from tests.tiny_runs import ALL, CHUNK, DEVICE, DISK, HOST, generate, tiny_run
 
 NUM_PROMPT_TOKENS, NUM_TOKENS = 150, 16
 TIE_GAP = 1e-4
@@ -44,6 +44,7 @@ def test_every_family_gives_the_tokens_of_transformers(checkpoints, family):
     runs = {
         "autoregressive, host": tiny_run(target, mode=autoregressive, tier=HOST),
         "triforce, host": tiny_run(target, other, triforce, HOST),
+        "triforce, disk": tiny_run(target, other, triforce, DISK),
         "retrieval, device": tiny_run(target, mode=retrieval, tier=DEVICE, gamma2=4),
         "streaming, device": tiny_run(target, target, streaming, DEVICE, window=60),
     }

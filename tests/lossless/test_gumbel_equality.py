@@ -6,7 +6,7 @@ import pytest
 
 from conf.schema import LOOKUP_DRAFTER, Coupling, Mode, SamplingConfig
 from tests.tiny_models import random_prompt
-from tests.tiny_runs import CHUNK, DEVICE, HOST, generate, tiny_run
+from tests.tiny_runs import CHUNK, DEVICE, DISK, HOST, generate, tiny_run
 
 GUMBEL = SamplingConfig(temperature=0.8, top_p=0.9, coupling=Coupling.gumbel)
 NUM_TOKENS = 24
@@ -29,7 +29,7 @@ def wanted(checkpoints):
     }
 
 
-@pytest.mark.parametrize("tier", [DEVICE, HOST])
+@pytest.mark.parametrize("tier", [DEVICE, HOST, DISK])
 @pytest.mark.parametrize("mode", list(Mode))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_mode_gives_the_tokens_of_autoregressive_decoding(checkpoints, wanted, family, mode, tier):

@@ -71,7 +71,7 @@ class FakeEngine:
         return {"device": {"planned_bytes": 10, "peak_bytes": 9}}
 
     def streaming_report(self):
-        return {"bytes": 0, "seconds": 0.0, "gb_per_s": 0.0, "stall_s": 0.0}
+        return {"bytes": 0, "seconds": 0.0, "gb_per_s": 0.0, "stall_s": 0.0, "emulated_link_gb_per_s": None}
 
     def close(self) -> None:
         self.is_closed = True

@@ -28,7 +28,13 @@ RESULT = {
         "device": {"planned_bytes": 3 << 20, "peak_bytes": 5 << 30},
         "host": {"planned_bytes": 0, "peak_bytes": 1},
     },
-    "streaming": {"bytes": 2_500_000_000, "seconds": 1.0, "gb_per_s": 2.5, "stall_s": 0.25},
+    "streaming": {
+        "bytes": 2_500_000_000,
+        "seconds": 1.0,
+        "gb_per_s": 2.5,
+        "stall_s": 0.25,
+        "emulated_link_gb_per_s": None,
+    },
 }
 
 
@@ -102,7 +108,7 @@ def test_a_line_wider_than_the_terminal_scrolls_up_and_keeps_all_its_words():
 def test_a_terminal_is_restored_when_the_run_fails():
     console = terminal_console()
     with pytest.raises(RuntimeError), Display(console) as display:
-        display.reading(0, 100)
+        display.reading(100, 0.0)
         assert "\x1b[?25l" in console.file.getvalue()
         raise RuntimeError
     assert console.file.getvalue().rindex("\x1b[?25h") > console.file.getvalue().rindex("\x1b[?25l")
@@ -112,21 +118,22 @@ def test_refreshes_are_limited_by_the_clock():
     now = [0.0]
     console = terminal_console()
     with Display(console, clock=lambda: now[0]) as display:
-        display.reading(0, 100)
+        display.reading(100, 0.0)
         before = len(console.file.getvalue())
         for _ in range(50):
-            display.reading(50, 100)
+            display.reading(100, 0.5)
         assert len(console.file.getvalue()) == before
         now[0] = 1.0
-        display.reading(50, 100)
+        display.reading(100, 0.5)
         assert len(console.file.getvalue()) > before
+        assert "50%, 50 tokens/s, 1 s left" in console.file.getvalue()
 
 
 def test_reading_is_said_once_where_there_is_no_terminal():
     console = plain_console()
     with Display(console) as display:
-        display.reading(0, 8192)
-        display.reading(4096, 8192)
+        display.reading(8192, 0.0)
+        display.reading(8192, 0.5)
     assert console.file.getvalue() == "reading 8,192 tokens…\n"
 
 

@@ -17,6 +17,7 @@ from tests.all_caches import (
     forward,
     full_cache,
     random_kv,
+    read_prompt,
 )
 from tiers.base import CacheShape
 from tiers.chunk_index import ChunkIndex
@@ -214,14 +215,14 @@ def selection_over(tiers: str, num_tokens: int, *, budget: int, chunk_size: int,
     shape = CacheShape(num_layers=len(tiers), num_kv_heads=HEADS, head_dim=DIM, dtype=torch.float32)
     windows = windows or [None] * len(tiers)
     cache, reference = full_cache(tiers, capacity=400, windows=windows), Reference(len(tiers))
-    forward(cache, reference.append(num_tokens, 1))
+    read_prompt(cache, reference.append(num_tokens, 1), 50)
     index = ChunkIndex(shape, 400, chunk_size, PoisonedDeviceTier())
     return cache, reference, RetrievalSelection(cache, index, windows, budget, newest_share)
 
 
 @REPEATABLE
 @given(
-    tiers=st.sampled_from(["d", "h", "dh"]),
+    tiers=st.sampled_from(["d", "h", "dh", "s"]),
     num_tokens=st.integers(1, 200),
     chunk_size=st.integers(1, 9),
     num_budget_chunks=st.integers(1, 30),
@@ -245,7 +246,7 @@ def test_rebuild_brings_the_true_tokens_of_the_chosen_chunks_and_of_the_incomple
         assert (update.is_rebuild, update.length) == (True, num_tokens)
         num_chunks = min(budget, num_tokens) // chunk_size
         num_rest = num_tokens % chunk_size
-        for layer, ((k, v), positions) in enumerate(zip(update.kv, update.positions, strict=True)):
+        for layer, ((k, v), positions) in enumerate(((new.k, new.v), new.positions) for new in update.layers):
             assert positions.shape == (HEADS, num_chunks * chunk_size + num_rest)
             k_all, v_all = reference.read(layer, 0, num_tokens)
             for head in range(HEADS):
@@ -262,9 +263,10 @@ def test_budget_of_the_whole_context_brings_all_of_it():
     cache, reference, selection = selection_over("dh", 50, budget=48, chunk_size=8)
     with closing(cache):
         update = selection.rebuild({layer: random_queries(1, 1, layer) for layer in range(2)})
-        for layer in range(2):
-            assert_same_tokens(update.kv[layer], reference.read(layer, 0, 50))
-            assert update.positions[layer].tolist() == [list(range(50))] * HEADS
+        for layer, new in enumerate(update.layers):
+            assert_same_tokens((new.k, new.v), reference.read(layer, 0, 50))
+            assert new.positions.tolist() == [list(range(50))] * HEADS
+        assert layer == 1
 
 
 def test_follow_brings_every_token_once_and_none_that_was_rolled_back():
@@ -278,8 +280,8 @@ def test_follow_brings_every_token_once_and_none_that_was_rolled_back():
             cache.truncate(start + num_kept)
             update = selection.follow()
             assert (update.is_rebuild, update.start, update.length) == (False, start, start + num_kept)
-            for layer, kv in enumerate(update.kv):
-                assert_same_tokens(kv, reference.read(layer, start, start + num_kept))
+            for layer, new in enumerate(update.layers):
+                assert_same_tokens((new.k, new.v), reference.read(layer, start, start + num_kept))
             start += num_kept
 
 
@@ -298,5 +300,5 @@ def test_reset_selection_follows_a_new_sequence_from_its_first_token():
         again = Reference(2)
         forward(cache_of_new, again.append(30, 9))
         with closing(cache_of_new):
-            for got, wanted in zip(selection.rebuild(queries).kv, new.rebuild(queries).kv, strict=True):
-                assert_same_tokens(got, wanted)
+            for got, wanted in zip(selection.rebuild(queries).layers, new.rebuild(queries).layers, strict=True):
+                assert_same_tokens((got.k, got.v), (wanted.k, wanted.v))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.all_caches import SHAPE, PoisonedDeviceTier, Reference, forward, full_cache, random_kv
 from tiers.context_summary import ContextSummary
-from tiers.retrieval_cache import RetrievalCache, RetrievalUpdate
+from tiers.retrieval_cache import LayerUpdate, RetrievalCache, RetrievalUpdate
 from workers.attention import attend
 
 REPEATABLE = settings(derandomize=True, deadline=None, max_examples=60)
@@ -110,7 +110,10 @@ def test_where_the_keys_of_a_group_are_alike_the_draft_sees_the_whole_context_ex
     cache = RetrievalCache(SHAPE, 16, 40, 6, PoisonedDeviceTier(), num_summaries=num_tokens // group_tokens)
     rest = summary_of(k, v, group_tokens).rest(0, positions, *kept)
     update = RetrievalUpdate(
-        is_rebuild=True, start=0, length=num_tokens, kv=[kept] * 2, positions=[positions] * 2, summaries=[rest, None]
+        is_rebuild=True,
+        start=0,
+        length=num_tokens,
+        layers=[LayerUpdate(*kept, positions, rest), LayerUpdate(*kept, positions)],
     )
     cache.load(update)
     q = torch.randn(HEADS, 3, 1, DIM, generator=torch.Generator().manual_seed(5))
@@ -126,7 +129,8 @@ def test_where_the_keys_of_a_group_are_alike_the_draft_sees_the_whole_context_ex
     wanted = weights @ v_all[:, None]
     torch.testing.assert_close(outs[0], wanted, rtol=0, atol=1e-5)
     assert (outs[1] - wanted).abs().max() > 1e-2, "the layer without a summary should not see all"
-    cache.load(RetrievalUpdate(is_rebuild=True, start=0, length=num_tokens, kv=[kept] * 2, positions=[positions] * 2))
+    layers = [LayerUpdate(*kept, positions)] * 2
+    cache.load(RetrievalUpdate(is_rebuild=True, start=0, length=num_tokens, layers=layers))
     cache.begin(1)
     cache.append(0, k_new, v_new)
     assert len(list(cache.segments(0))) == 1, "a rebuild without summary still shows the last one"

@@ -25,10 +25,14 @@ from tests.all_caches import (
     kept,
     poison,
     positions_of,
+    random_kv,
+    read_prompt,
 )
-from tiers.base import CacheShape
+from tiers.base import BlockShape, CacheShape
 from tiers.device_tier import DeviceTier
-from tiers.full_cache import FullCache, HostLayer
+from tiers.disk_tier import DiskBlocks
+from tiers.full_cache import BlockLayer, FullCache
+from tiers.pinned_host_tier import PinnedHostTier
 
 REPEATABLE = settings(derandomize=True, deadline=None, max_examples=60)
 EVERY_FULL_CACHE = pytest.mark.parametrize("case", FULL_CACHES, ids=lambda case: case.name)
@@ -73,7 +77,7 @@ class Layout:
 
 @st.composite
 def layouts(draw, *, with_windows: bool) -> Layout:
-    tiers = draw(st.sampled_from(["d", "h", "hd", "dh", "hh"]))
+    tiers = draw(st.sampled_from(["d", "h", "s", "hd", "dh", "hh", "shd", "ds"]))
     window = st.none() | st.integers(1, 90) if with_windows else st.none()
     return Layout(
         tiers=tiers,
@@ -87,7 +91,7 @@ def layouts(draw, *, with_windows: bool) -> Layout:
 
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["append", "append", "append", "piece", "piece", "roll back", "truncate", "abort", "reset"]),
+        st.sampled_from(["append", "append", "append", "append", "prompt", "roll back", "truncate", "abort", "reset"]),
         st.integers(0, 10**6),
     ),
     max_size=25,
@@ -114,9 +118,8 @@ class Pair:
                 view = self.forward(num_new)
             elif num_new:
                 self.abort(num_new, number % (len(layout.tiers) + 1))
-        elif what == "piece":  # of the prompt
-            num_new = min(1 + number % 150, layout.capacity - length)
-            view = self.forward(num_new) if num_new > 0 else None
+        elif what == "prompt":  # in place of all that was held
+            self.prompt(min(number % 150, layout.capacity), piece_tokens=1 + number % 40)
         else:
             most = {"roll back": layout.slack, "truncate": length, "reset": length}[what]
             back = length if what == "reset" else min(length, number % (most + 1))
@@ -126,8 +129,13 @@ class Pair:
             else:
                 self.cache.truncate(length - back)
         assert self.cache.length == self.reference.length
-        self._poison_host()
+        self._poison_rest()
         return view
+
+    def prompt(self, num_tokens: int, piece_tokens: int) -> None:
+        self._num_passes += 1
+        self.reference.truncate(0)
+        read_prompt(self.cache, self.reference.append(num_tokens, seed=self._num_passes), piece_tokens)
 
     def forward(self, num_new: int) -> list:
         self._num_passes += 1
@@ -144,10 +152,12 @@ class Pair:
         self.cache.abort()
         self.reference.truncate(length)
 
-    def _poison_host(self) -> None:
+    def _poison_rest(self) -> None:
         for layer in self.cache._layers:
-            if isinstance(layer, HostLayer):
-                poison(layer.blocks[layer.num_blocks :])
+            if isinstance(layer, BlockLayer) and isinstance(layer._store, DiskBlocks):
+                layer._store._checksums[layer.num_blocks :] = [None] * (len(layer._store._checksums) - layer.num_blocks)
+            elif isinstance(layer, BlockLayer):
+                poison(layer._store._memory[layer.num_blocks :])
 
 
 @REPEATABLE
@@ -169,7 +179,7 @@ def test_with_sliding_windows_no_visible_token_is_missing_and_no_block_before_th
             view = pair.step(what, number)
             for layer, segments in enumerate(view or []):
                 window, length = layout.windows[layer], pair.reference.length
-                if what in ("append", "piece"):
+                if what == "append":
                     first_seen = 0 if window is None else max(0, first_new - window + 1)
                     start = int(positions_of(segments)[0, 0])
                     assert start <= first_seen
@@ -183,7 +193,7 @@ def test_with_sliding_windows_no_visible_token_is_missing_and_no_block_before_th
 @given(layout=layouts(with_windows=False), steps=STEPS, ranges=st.lists(st.tuples(*[st.integers(0, 10**6)] * 2)))
 def test_any_range_can_be_read_at_any_time(layout, steps, ranges):
     with closing(Pair(layout)) as pair:
-        for index, (what, number) in enumerate([("piece", 99), *steps]):
+        for index, (what, number) in enumerate([("prompt", 99), *steps]):
             pair.step(what, number)
             for one, other in ranges[index::2][:3]:
                 if pair.reference.length:
@@ -203,7 +213,7 @@ def test_any_range_can_be_read_at_any_time(layout, steps, ranges):
 )
 def test_any_chunks_can_be_gathered_different_ones_for_each_head(layout, steps, chunk_size, choices):
     with closing(Pair(layout)) as pair:
-        for what, number in [("piece", 99), *steps]:
+        for what, number in [("prompt", 99), *steps]:
             pair.step(what, number)
             num_chunks = pair.reference.length // chunk_size
             if not num_chunks:
@@ -250,7 +260,7 @@ def test_tentative_tokens_fit_up_to_the_last_position_whatever_the_block_size(bl
     slack = 12
     with closing(full_cache("h", capacity=capacity, block_tokens=block_tokens, slack=slack)) as cache:
         reference = Reference(1)
-        forward(cache, reference.append(40, seed=1))
+        read_prompt(cache, reference.append(40, seed=1), 16)
         run_to_capacity(cache, reference, capacity, slack)
 
 
@@ -259,7 +269,7 @@ def test_tentative_tokens_are_not_moved_to_the_host(block_tokens):
     slack = 12
     with closing(full_cache("h", capacity=200, block_tokens=block_tokens, slack=slack)) as cache:
         reference, layer = Reference(1), cache._layers[0]
-        forward(cache, reference.append(40, seed=1))
+        read_prompt(cache, reference.append(40, seed=1), 16)
         for seed in range(2, 16):
             forward(cache, reference.append(slack, seed=seed))
             reference.truncate(reference.length - 1)
@@ -271,7 +281,7 @@ def test_windowed_layer_streams_only_the_blocks_that_its_window_reaches():
     capacity, block_tokens, window = 400, 16, 40
     with closing(full_cache("hh", capacity=capacity, block_tokens=block_tokens, windows=[window, None])) as cache:
         reference = Reference(2)
-        forward(cache, reference.append(320, seed=1))
+        read_prompt(cache, reference.append(320, seed=1), 100)
         before = cache.stream_stats.num_bytes
         seen = forward(cache, reference.append(1, seed=2))
         # 320 tokens are 20 blocks; the new one, at position 320, sees from 281 on: blocks 17, 18, 19.
@@ -290,16 +300,15 @@ def test_nothing_is_streamed_where_all_layers_are_on_the_device():
 
 
 def test_long_prompt_in_pieces_equals_one_piece():
-    for tiers in ("d", "h"):
+    for tiers in ("d", "h", "s"):
         with (
             closing(full_cache(tiers, capacity=600)) as in_pieces,
             closing(full_cache(tiers, capacity=600)) as in_one,
         ):
             reference = Reference(1)
             ((k, v),) = reference.append(500, seed=1)
-            forward(in_one, [(k, v)])
-            for at in range(0, 500, 77):
-                forward(in_pieces, [(k[:, at : at + 77], v[:, at : at + 77])])
+            read_prompt(in_one, [(k, v)], 500)
+            read_prompt(in_pieces, [(k, v)], 77)
             assert_same_tokens(in_pieces.read(0, 0, 500), in_one.read(0, 0, 500))
 
 
@@ -308,7 +317,8 @@ def test_device_memory_of_a_host_layer_does_not_grow_with_the_context():
     used = []
     for capacity in (100, 10_000):
         device_tier = DeviceTier(torch.device("cpu"))
-        HostLayer(shape, capacity, 16, 6, DeviceTier(torch.device("cpu")), device_tier)
+        block = BlockShape(num_kv_heads=2, num_tokens=16, head_dim=4, dtype=torch.float32)
+        BlockLayer(shape, PinnedHostTier(pin=False).blocks(block, capacity // 16), 6, device_tier)
         used.append(device_tier.used_bytes)
     assert used[0] == used[1]
 
@@ -320,14 +330,41 @@ def test_keys_and_values_of_other_types_keep_their_bits():
             reference = Reference(1)
             ((k, v),) = reference.append(70, seed=1)
             k, v = k.to(dtype), v.to(dtype)
-            forward(cache, [(k, v)])
+            read_prompt(cache, [(k, v)], 32)
             assert_same_tokens(cache.read(0, 0, 70), (k, v))
+
+
+def test_failed_prompt_leaves_an_empty_cache_that_can_be_used():
+    for tiers in ("d", "h", "s", "shd"):
+        with closing(full_cache(tiers, capacity=300)) as cache:
+            reference = Reference(len(tiers))
+            forward(cache, reference.append(6, seed=1))
+            with pytest.raises(ZeroDivisionError), cache.prefill(200) as make_layer_cache:
+                layer_cache = make_layer_cache(0)
+                layer_cache.begin(100)
+                layer_cache.append(0, *random_kv(100, seed=2))
+                layer_cache.end()
+                raise ZeroDivisionError
+            assert cache.length == 0
+            reference.truncate(0)
+            read_prompt(cache, reference.append(250, seed=3), 60)
+            assert_sees_all(forward(cache, reference.append(3, seed=4)), reference)
+
+
+def test_blocks_of_a_prompt_are_written_once_and_none_is_read_while_it_comes():
+    with closing(full_cache("h", capacity=300)) as cache:
+        store, written = cache._layers[0]._store, []
+        write = store.write
+        store.write = lambda index, rows: (written.append(index), write(index, rows))
+        read_prompt(cache, Reference(1).append(290, seed=1), 60)
+        assert sorted(written) == list(range(290 // 16))
+        assert cache.stream_stats.num_bytes == 0
 
 
 def test_segment_is_valid_until_the_next_is_asked_for():
     with closing(full_cache("h", capacity=300, num_buffers=2)) as cache:
         reference = Reference(1)
-        forward(cache, reference.append(290, seed=1))
+        read_prompt(cache, reference.append(290, seed=1), 64)
         (new,) = reference.append(1, seed=2)
         cache.begin(1)
         cache.append(0, *new)

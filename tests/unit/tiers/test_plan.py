@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -64,23 +65,29 @@ def free_bytes_for(need: int) -> int:
     return free
 
 
-def plan_of(num_device_layers: int, inputs: PlanInput = INPUTS) -> MemoryPlan:
-    """With so many layers on the device, whatever memory there is."""
-    plenty = replace(inputs, device_free_bytes=PLENTY, host_free_bytes=PLENTY, device_is_host=False)
-    return make_plan(plenty, cache_config(tier=FullCacheTier.host, device_layers=str(num_device_layers)))
+def plan_of(num_device_layers: int, inputs: PlanInput = INPUTS, num_host_layers: int | None = None) -> MemoryPlan:
+    """With so many layers on the device and the host (None: all others), the rest on disk, whatever memory there is."""
+    free = {"device_free_bytes": PLENTY, "host_free_bytes": PLENTY, "disk_free_bytes": PLENTY}
+    if num_host_layers is None:
+        num_host_layers = SHAPE.num_layers - num_device_layers
+    layers = {"device_layers": str(num_device_layers), "host_layers": str(num_host_layers)}
+    return make_plan(replace(inputs, **free), cache_config(tier=FullCacheTier.disk, **layers))
 
 
 @pytest.mark.parametrize("num_device_layers", range(SHAPE.num_layers + 1))
 def test_auto_places_as_many_layers_on_the_device_as_fit(num_device_layers):
-    need = plan_of(num_device_layers).totals["device"]
-    inputs = replace(INPUTS, device_free_bytes=free_bytes_for(need))
-    assert make_plan(inputs, cache_config()).num_device_layers == num_device_layers
-    fewer = replace(inputs, device_free_bytes=free_bytes_for(need) - 2)
-    if num_device_layers:
-        assert make_plan(fewer, cache_config()).num_device_layers == num_device_layers - 1
-    else:
-        with pytest.raises(ConfigError):
-            make_plan(fewer, cache_config())
+    needs = [plan_of(count).totals["device"] for count in range(SHAPE.num_layers + 1)]
+    for free in (free_bytes_for(needs[num_device_layers]), free_bytes_for(needs[num_device_layers]) - 2):
+        usable = int(free * (1 - RESERVE_SHARE))
+        # The first layer off the device brings a tail, buffers and the space in which a prompt is read.
+        fitting = [count for count, need in enumerate(needs) if need <= usable]
+        inputs = replace(INPUTS, device_free_bytes=free)
+        if fitting:
+            assert make_plan(inputs, cache_config()).num_device_layers == max(fitting)
+        else:
+            with pytest.raises(ConfigError):
+                make_plan(inputs, cache_config())
+    assert len(set(needs)) == len(needs)
 
 
 @REPEATABLE
@@ -88,46 +95,86 @@ def test_auto_places_as_many_layers_on_the_device_as_fit(num_device_layers):
     max_tokens=st.integers(1, 60_000),
     device_free=st.integers(0, 2 * GIB),
     host_free=st.integers(0, 2 * GIB),
+    disk_free=st.integers(0, 2 * GIB),
     device_is_host=st.booleans(),
     tier=st.sampled_from(FullCacheTier),
     device_layers=st.sampled_from(["auto", "0", "3", "8"]),
+    host_layers=st.sampled_from(["auto", "0", "2"]),
 )
-def test_a_plan_fits_and_a_refusal_is_true(max_tokens, device_free, host_free, device_is_host, tier, device_layers):
+def test_a_plan_fits_and_a_refusal_is_true(
+    max_tokens, device_free, host_free, disk_free, device_is_host, tier, device_layers, host_layers
+):
     inputs = replace(
         INPUTS,
         max_tokens=max_tokens,
         device_free_bytes=device_free,
         host_free_bytes=host_free,
+        disk_free_bytes=disk_free,
         device_is_host=device_is_host,
     )
     assume(tier != FullCacheTier.device or device_layers == "auto")
-    config = cache_config(tier=tier, device_layers=device_layers)
-    device, host = (int(free * (1 - RESERVE_SHARE)) for free in (device_free, host_free))
+    assume(tier in (FullCacheTier.auto, FullCacheTier.disk) or host_layers == "auto")
+    config = cache_config(tier=tier, device_layers=device_layers, host_layers=host_layers)
+    device, host, disk = (int(free * (1 - RESERVE_SHARE)) for free in (device_free, host_free, disk_free))
     try:
         plan = make_plan(inputs, config)
     except ConfigError as error:
-        is_free = tier is FullCacheTier.auto and device_layers == "auto"
-        if tier is FullCacheTier.device:
-            choices = [SHAPE.num_layers]
-        elif is_free:
-            choices = range(SHAPE.num_layers + 1)
-        elif device_layers == "auto":
-            choices = [0]
-        else:
-            choices = [int(device_layers)]
-        for num_device_layers in choices:
-            need = plan_of(num_device_layers, inputs).totals
+        for num_device, num_host in allowed_layers(tier, device_layers, host_layers):
+            need = plan_of(num_device, inputs, num_host).totals
             both = need["device"] + need["host"] > host and device_is_host
-            assert need["device"] > device or need["host"] > host or both, f"fits, but: {error}"
+            over = [need["device"] > device, need["host"] > host, need["disk"] > disk, both]
+            # In one memory a layer that leaves the device for the host gains nothing: auto does not try it.
+            one_memory = device_is_host and device_free >= host_free and num_host
+            assert any(over) or one_memory, f"fits, but: {error}"
     else:
-        assert plan.totals["device"] <= device and plan.totals["host"] <= host
-        assert not device_is_host or sum(plan.totals.values()) <= host
+        assert plan.totals["device"] <= device and plan.totals["host"] <= host and plan.totals["disk"] <= disk
+        assert not device_is_host or plan.totals["device"] + plan.totals["host"] <= host
+        layers = (plan.num_device_layers, plan.num_host_layers)
+        assert layers in allowed_layers(tier, device_layers, host_layers)
+        assert sum(layers) + plan.num_disk_layers == SHAPE.num_layers
 
 
-REFUSAL = re.compile(
-    r"a context of (\d+) tokens needs ([\d.]+) GiB on the device \(there are ([\d.]+)\) and ([\d.]+) GiB on the host "
-    r"\(there are ([\d.]+)\)"
-)
+def allowed_layers(tier: FullCacheTier, device_layers: str, host_layers: str) -> list[tuple[int, int]]:
+    """(on the device, on the host) that a configuration allows, by brute force."""
+    allowed = []
+    for num_device in range(SHAPE.num_layers + 1):
+        for num_host in range(SHAPE.num_layers - num_device + 1):
+            num_disk = SHAPE.num_layers - num_device - num_host
+            default_device = {FullCacheTier.device: SHAPE.num_layers, FullCacheTier.auto: num_device}.get(tier, 0)
+            wanted_device = default_device if device_layers == "auto" else int(device_layers)
+            default_host = 0 if tier is FullCacheTier.disk else num_host
+            wanted_host = default_host if host_layers == "auto" else int(host_layers)
+            no_disk = tier in (FullCacheTier.device, FullCacheTier.host)
+            if (num_device, num_host) == (wanted_device, wanted_host) and not (no_disk and num_disk):
+                allowed.append((num_device, num_host))
+    return allowed
+
+
+REFUSAL = re.compile(r"a context of (\d+) tokens needs (.*?)\. ")
+NEED = re.compile(r"([\d.]+) GiB (?:on the |on )(device|host|disk) \(there are ([\d.]+)\)")
+
+
+def test_disk_is_used_where_the_host_does_not_suffice():
+    need = plan_of(0).totals
+    one_layer = need["host"] // SHAPE.num_layers
+    inputs = replace(
+        INPUTS,
+        device_free_bytes=free_bytes_for(need["device"]),
+        host_free_bytes=free_bytes_for(need["host"] - 2 * one_layer),
+        disk_free_bytes=PLENTY,
+    )
+    plan = make_plan(inputs, cache_config())
+    assert plan.num_device_layers == 0 and 0 < plan.num_host_layers < SHAPE.num_layers
+    assert plan.num_disk_layers == SHAPE.num_layers - plan.num_host_layers
+    assert "on disk" in plan.reason
+    with pytest.raises(ConfigError):
+        make_plan(inputs, cache_config(tier=FullCacheTier.host))
+
+
+@pytest.mark.parametrize(("device_layers", "host_layers"), [("5", "4"), ("8", "1"), ("auto", "9"), ("9", "0")])
+def test_more_layers_than_there_are_are_refused(device_layers, host_layers):
+    message = refusal(INPUTS, cache_config(device_layers=device_layers, host_layers=host_layers))
+    assert "at most the target's 8 layers" in message
 
 
 def refusal(inputs: PlanInput, config: CacheConfig) -> str:
@@ -141,18 +188,20 @@ def refusal(inputs: PlanInput, config: CacheConfig) -> str:
     max_tokens=st.integers(1000, 100_000),
     device_free=st.integers(160 * MIB, GIB),
     host_free=st.integers(0, GIB),
+    disk_free=st.integers(0, GIB),
     device_is_host=st.booleans(),
     tier=st.sampled_from(FullCacheTier),
     block_tokens=st.sampled_from(["auto", "16", "100"]),
 )
 def test_refusal_names_need_and_have_and_the_largest_context_that_fits(
-    max_tokens, device_free, host_free, device_is_host, tier, block_tokens
+    max_tokens, device_free, host_free, disk_free, device_is_host, tier, block_tokens
 ):
     inputs = replace(
         INPUTS,
         max_tokens=max_tokens,
         device_free_bytes=device_free,
         host_free_bytes=host_free,
+        disk_free_bytes=disk_free,
         device_is_host=device_is_host,
     )
     config = cache_config(tier=tier, block_tokens=block_tokens)
@@ -162,13 +211,15 @@ def test_refusal_names_need_and_have_and_the_largest_context_that_fits(
         message = str(error)
     else:
         assume(False)
-    context, need_device, have_device, need_host, have_host = map(float, REFUSAL.match(message).groups())
-    assert context == max_tokens
-    assert have_device == pytest.approx(device_free * (1 - RESERVE_SHARE) / GIB, abs=0.006)
-    assert have_host == pytest.approx(host_free * (1 - RESERVE_SHARE) / GIB, abs=0.006)
-    worst_device, worst_host = need_device - have_device, need_host - have_host
-    both = need_device + need_host - have_host if device_is_host else -1
-    assert max(worst_device, worst_host, both) > -0.021, "the numbers do not show why it is refused"
+    context, needs = REFUSAL.match(message).groups()
+    assert int(context) == max_tokens
+    stated = {name: (float(need), float(have)) for need, name, have in NEED.findall(needs)}
+    for name, free in (("device", device_free), ("host", host_free), ("disk", disk_free)):
+        if name in stated:
+            assert stated[name][1] == pytest.approx(free * (1 - RESERVE_SHARE) / GIB, abs=0.006)
+    over = [need - have for need, have in stated.values()]
+    both = stated["device"][0] + stated["host"][0] - stated["host"][1] if device_is_host else -1
+    assert max(*over, both) > -0.021, "the numbers do not show why it is refused"
 
     found = re.search(r"With these settings (\d+) tokens of context fit", message)
     if found is None:
@@ -273,6 +324,7 @@ def run_config(folders, *, target="llama", drafter="llama", mode=Mode.triforce, 
             streaming=StreamingCacheConfig(sinks=2, window=100),
         ),
         placement=PlacementConfig(device="cpu"),
+        output=tempfile.gettempdir(),  # where files of the disk tier are, without a name
     )
 
 
@@ -284,6 +336,8 @@ CONFIGURATIONS = {
     "host, odd blocks, five buffers": {"tier": FullCacheTier.host, "block_tokens": "37", "stream_buffers": 5},
     "host, no complete block": {"tier": FullCacheTier.host, "block_tokens": "4096"},
     "host, a tail longer than its block": {"tier": FullCacheTier.host, "block_tokens": "48"},
+    "disk": {"tier": FullCacheTier.disk, "block_tokens": "32"},
+    "disk and host": {"tier": FullCacheTier.disk, "host_layers": "1", "block_tokens": "16"},
     "host and device": {"device_layers": "1", "block_tokens": "64"},
     "lookup": {"tier": FullCacheTier.host, "block_tokens": "32", "drafter": "lookup"},
     "no drafter": {"mode": Mode.retrieval, "drafter": "none", "device_layers": "1"},
@@ -294,7 +348,7 @@ CONFIGURATIONS = {
     "sliding windows": {"target": "gemma2", "drafter": "gemma2", "device_layers": "1", "block_tokens": "16"},
     "tied weights": {"target": "qwen2", "drafter": "qwen2", "tier": FullCacheTier.host, "block_tokens": "16"},
 }
-NOT_FROM_TIERS = ("target weights", "drafter weights", "activations", "retrieval update")
+NOT_FROM_TIERS = ("target weights", "drafter weights", "activations", "workspace")
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
@@ -303,7 +357,8 @@ def test_planned_bytes_are_those_that_the_engine_takes(folders, name):
     prepared = prepare(config)
     with closing(build(config, prepared, random_prompt(600), max_new_tokens=150, seed=0)) as engine:
         used = {tier.name: tier.used_bytes for tier in engine._tiers}
-        wants_host = config.cache.full.tier is FullCacheTier.host or config.cache.full.device_layers != "auto"
+        tier = config.cache.full.tier
+        wants_host = tier in (FullCacheTier.host, FullCacheTier.disk) or config.cache.full.device_layers != "auto"
         assert (engine.plan.num_device_layers < prepared.target.cache_shape.num_layers) == wants_host
         planned = engine.plan.device_bytes
         assert used["device"] == sum(size for what, size in planned.items() if what not in NOT_FROM_TIERS)
@@ -311,11 +366,13 @@ def test_planned_bytes_are_those_that_the_engine_takes(folders, name):
         weights = engine._target._model.hf_model.parameters()
         assert planned["target weights"] == sum(parameter.nbytes for parameter in weights)
         report = engine.memory_report()
-        for tier in ("device", "host"):
-            assert report[tier]["planned_bytes"] == engine.plan.totals[tier]
-        passing = planned["activations"] + planned.get("retrieval update", 0)
+        for name_of_tier in ("device", "host", "disk"):
+            assert report[name_of_tier]["planned_bytes"] == engine.plan.totals[name_of_tier]
+        passing = planned["activations"] + planned["workspace"]
         assert report["device"]["peak_bytes"] == report["device"]["planned_bytes"] - passing
         assert report["host"]["peak_bytes"] == report["host"]["planned_bytes"]
+        assert report["disk"]["peak_bytes"] == report["disk"]["planned_bytes"]
+        assert (report["disk"]["planned_bytes"] > 0) == (tier is FullCacheTier.disk)
 
 
 def test_a_plan_that_does_not_fit_is_refused_before_any_weight_is_read(folders, monkeypatch):

@@ -21,7 +21,7 @@ from tests.all_caches import (
     random_kv,
 )
 from tiers.base import padded
-from tiers.retrieval_cache import RetrievalCache, RetrievalUpdate
+from tiers.retrieval_cache import LayerUpdate, RetrievalCache, RetrievalUpdate
 
 REPEATABLE = settings(derandomize=True, deadline=None, max_examples=100)
 EVERY_RETRIEVAL_CACHE = pytest.mark.parametrize("case", RETRIEVAL_CACHES, ids=lambda case: case.name)
@@ -70,7 +70,8 @@ class Model:
 
     def rebuild(self, update: RetrievalUpdate) -> None:
         self.base = self.length = update.length
-        self.kv, self.positions = list(update.kv), list(update.positions)
+        self.kv = [(new.k, new.v) for new in update.layers]
+        self.positions = [new.positions for new in update.layers]
 
     def truncate(self, length: int) -> None:
         num_dropped = self.length - length
@@ -123,27 +124,16 @@ def test_any_history_shows_the_tokens_held_at_their_positions(steps):
             num_new = number % SLACK
             if len(model.kv[0][0][0]) + SLACK > BUDGET + 40:
                 continue
-            update = RetrievalUpdate(
-                is_rebuild=False,
-                start=num_true,
-                length=num_true + num_new,
-                kv=random_layers(num_new, seed) if num_new else [],
-            )
-            cache.load(update)
+            true = random_layers(num_new, seed) if num_new else []
+            cache.load(update_of(num_true, true, num_new))
             model.truncate(num_true)
             if num_new:
-                model.append(update.kv)
+                model.append(true)
             num_true += num_new
         else:
             num_true = max(num_true, model.length, 30) + number % 50
             num_retrieved = number % (BUDGET + 1)
-            update = RetrievalUpdate(
-                is_rebuild=True,
-                start=0,
-                length=num_true,
-                kv=random_layers(num_retrieved, seed),
-                positions=random_positions(num_retrieved, num_true, seed),
-            )
+            update = rebuild_of(num_retrieved, num_true, seed)
             cache.load(update)
             model.rebuild(update)
         assert (cache.length, cache.base) == (model.length, model.base)
@@ -155,13 +145,14 @@ def test_any_history_shows_the_tokens_held_at_their_positions(steps):
 
 
 def rebuild_of(num_retrieved: int, length: int, seed: int = 1) -> RetrievalUpdate:
-    return RetrievalUpdate(
-        is_rebuild=True,
-        start=0,
-        length=length,
-        kv=random_layers(num_retrieved, seed),
-        positions=random_positions(num_retrieved, length, seed),
-    )
+    new = zip(random_layers(num_retrieved, seed), random_positions(num_retrieved, length, seed), strict=True)
+    layers = [LayerUpdate(k, v, positions) for (k, v), positions in new]
+    return RetrievalUpdate(is_rebuild=True, start=0, length=length, layers=layers)
+
+
+def update_of(start: int, true: list[tuple[torch.Tensor, torch.Tensor]], num_new: int) -> RetrievalUpdate:
+    layers = (LayerUpdate(k, v) for k, v in true)
+    return RetrievalUpdate(is_rebuild=False, start=start, length=start + num_new, layers=layers)
 
 
 def test_true_keys_and_values_replace_the_drafted_ones():
@@ -169,7 +160,7 @@ def test_true_keys_and_values_replace_the_drafted_ones():
     cache.load(rebuild_of(16, 100))
     forward(cache, random_layers(5, 2))
     true = random_layers(3, 3)
-    cache.load(RetrievalUpdate(is_rebuild=False, start=100, length=103, kv=true))
+    cache.load(update_of(100, true, 3))
     assert cache.length == 103
     seen = forward(cache, new := random_layers(1, 4))
     for layer, segments in enumerate(seen):
@@ -181,7 +172,7 @@ def test_tokens_that_only_the_verifier_read_have_their_positions():
     cache = new_cache()
     cache.load(rebuild_of(16, 100))
     forward(cache, random_layers(2, 2))
-    cache.load(RetrievalUpdate(is_rebuild=False, start=100, length=105, kv=random_layers(5, 3)))
+    cache.load(update_of(100, random_layers(5, 3), 5))
     for segments in forward(cache, random_layers(1, 4)):
         assert positions_of(segments)[:, 16:].tolist() == [list(range(100, 106))] * HEADS
 

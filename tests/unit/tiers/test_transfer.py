@@ -13,12 +13,11 @@ import pytest
 import torch
 
 from tests.all_caches import PoisonedDeviceTier
-from tiers.transfer import CpuBlockStreamer, make_streamer
+from tiers.transfer import COPY_THREAD, BlockWriter, CpuBlockStreamer, Link, make_streamer
 
 BLOCK_SIZE = (2, 2, 8, 4)
 BLOCK_BYTES = 2 * 2 * 8 * 4 * 4
 COPY_SECONDS = 0.004
-THREAD_NAME = "tierforce-stream"
 
 
 class SlowBuffer(torch.Tensor):
@@ -109,9 +108,13 @@ class HandsOutEarly(CpuBlockStreamer):
     """Wrong: does not wait for the copy."""
 
     def take(self, count):
-        for index in range(count):
-            yield self._buffers[index % len(self._buffers)]
-            self._free.release()
+        for _ in range(count):
+            self._copies.popleft()
+            buffer = self._buffers[self._num_taken % len(self._buffers)]
+            self._num_taken += 1
+            yield buffer
+            if self._num_taken + len(self._copies) < len(self._blocks):
+                self._issue()
 
 
 class OverwritesEarly(CpuBlockStreamer):
@@ -119,8 +122,8 @@ class OverwritesEarly(CpuBlockStreamer):
 
     def begin(self, blocks):
         super().begin(blocks)
-        for _ in blocks:
-            self._free.release()
+        while len(self._copies) < len(blocks):
+            self._issue()
 
 
 @pytest.mark.parametrize("wrong", [HandsOutEarly, OverwritesEarly])
@@ -151,7 +154,7 @@ def test_copies_are_made_by_the_copy_thread():
     with closing(streamer):
         streamer.begin(blocks(3))
         values_taken(streamer, 3)
-    assert tier.copies == [THREAD_NAME] * 3
+    assert all(name.startswith(COPY_THREAD) for name in tier.copies) and len(tier.copies) == 3
 
 
 def test_there_is_no_way_to_a_buffer_but_take():
@@ -233,7 +236,7 @@ def test_a_consumer_slower_than_the_copies_hardly_stalls():
 
 
 def alive_copy_threads() -> int:
-    return sum(thread.name == THREAD_NAME for thread in threading.enumerate())
+    return sum(thread.name.startswith(COPY_THREAD) for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("num_taken", [None, 0, 2, 6])
@@ -288,3 +291,120 @@ def test_more_blocks_than_the_pass_has_are_refused_at_once():
     asking.join(timeout=1)
     assert failures, "the consumer waits for a copy that nobody will make"
     streamer.close()
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 4])
+def test_blocks_copied_by_several_threads_come_in_order(num_threads):
+    tier = SlowTier()
+    streamer = CpuBlockStreamer(BLOCK_SIZE, torch.float32, 4, tier, num_threads=num_threads)
+    with closing(streamer):
+        streamer.begin(blocks(11))
+        assert values_taken(streamer, 11) == numbers(11)
+
+
+def test_time_in_which_several_copies_are_under_way_counts_once():
+    streamer = CpuBlockStreamer(BLOCK_SIZE, torch.float32, 4, SlowTier(), num_threads=4)
+    with closing(streamer):
+        for span in ((1.0, 3.0), (2.0, 4.0), (2.5, 3.5), (6.0, 7.0)):
+            streamer._count(100, *span)
+        assert (streamer.stats.num_bytes, streamer.stats.seconds) == (400, 4.0)
+
+
+class Clock:
+    """In the place of the module `time`: sleeping is what makes time pass."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("tiers.transfer.time", clock)
+    return clock
+
+
+def test_copies_over_an_emulated_link_take_as_long_as_their_bytes(clock):
+    link = Link(2.0)
+    link.pace(clock.now, 3_000_000_000)
+    assert clock.now == pytest.approx(101.5)
+    clock.now += 0.0005  # a break so short that it is the sleep's own inexactness
+    link.pace(clock.now, 2_000_000_000)
+    assert clock.now == pytest.approx(102.5)
+    clock.now += 5
+    link.pace(clock.now, 2_000_000_000)
+    assert clock.now == pytest.approx(108.5)
+
+
+def test_copies_over_an_emulated_link_take_turns(clock):
+    link = Link(1.0)
+    for count in (1, 2, 3):  # all of them begin at once
+        link.pace(100.0, 1_000_000_000)
+        assert clock.now == pytest.approx(100.0 + count)
+
+
+def test_a_copy_slower_than_the_emulated_link_does_not_wait(clock):
+    link, began = Link(1.0), clock.now
+    clock.now += 2
+    link.pace(began, 1_000_000_000)
+    assert clock.now == pytest.approx(102.0)
+
+
+def test_without_a_link_nothing_waits(clock):
+    Link(None).pace(clock.now, 10**15)
+    assert clock.now == 100.0
+
+
+def test_streamed_blocks_go_over_the_link():
+    seconds = 0.01
+    link = Link(BLOCK_BYTES / seconds / 1e9)
+    streamer = CpuBlockStreamer(BLOCK_SIZE, torch.float32, 2, PoisonedDeviceTier(), link=link)
+    with closing(streamer):
+        streamer.begin(blocks(5))
+        began = time.perf_counter()
+        assert values_taken(streamer, 5) == numbers(5)
+        assert time.perf_counter() - began > 3 * seconds
+        assert streamer.stats.seconds > 4 * seconds
+
+
+def test_writer_does_all_that_was_submitted_before_drain_returns():
+    writer, written = BlockWriter(torch.device("cpu"), num_threads=3), []
+    for index in range(20):
+        writer.submit(lambda index=index: (time.sleep(0.001), written.append(index)))
+    writer.drain()
+    assert sorted(written) == list(range(20))
+    writer.close()
+
+
+def test_error_of_a_write_reaches_drain_and_the_next_writes_work():
+    writer, written = BlockWriter(torch.device("cpu")), []
+
+    def fail():
+        raise OSError("the disk is full")
+
+    writer.submit(fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        writer.drain()
+    writer.submit(lambda: written.append(1))
+    writer.drain()
+    assert written == [1]
+    writer.close()
+
+
+def test_cancelled_writes_are_over_when_cancel_returns():
+    writer, written = BlockWriter(torch.device("cpu")), []
+    for index in range(50):
+        writer.submit(lambda index=index: (time.sleep(0.002), written.append(index)))
+    writer.cancel()
+    before = list(written)
+    assert len(before) < 50
+    time.sleep(0.01)
+    assert written == before
+    writer.drain()
+    writer.close()

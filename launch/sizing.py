@@ -1,0 +1,86 @@
+"""From a configuration and the sizes of its models to what the memory plan asks: tokens, slots and bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from conf.schema import RunConfig
+from tiers.base import CacheShape
+from tiers.plan import PlanInput
+
+PIECE_TOKENS = 1024
+"""Of the prompt, which pass through a layer together."""
+MIN_STREAMING_SLACK = 64
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class ModelSize:
+    """What a model takes on one device."""
+
+    cache_shape: CacheShape
+    num_weight_bytes: int
+    hidden_size: int
+    intermediate_size: int
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class FreeBytes:
+    """What there is; `device_is_host`: no GPU, one memory."""
+
+    device: int
+    host: int
+    disk: int
+    device_is_host: bool
+
+
+def streaming_slack(config: RunConfig) -> int:
+    """Tokens that the drafter's cache takes on top of its window before it must be read anew."""
+    return max(MIN_STREAMING_SLACK, 2 * slack_tokens(config))
+
+
+def slack_tokens(config: RunConfig) -> int:
+    """Most tentative tokens of a round: a block, what its last inner step brings on top, and the target's own."""
+    return config.decoding.gamma2 + config.decoding.gamma1 + 2
+
+
+def retrieval_tail_tokens(config: RunConfig, max_new_tokens: int) -> int:
+    """Room for the tokens after a rebuild: all of them if there is none, else half a budget."""
+    tail = max_new_tokens
+    if config.cache.retrieval.rebuild != "never":
+        tail = min(tail, max(config.cache.retrieval.budget // 2, 4 * slack_tokens(config)))
+    return tail + config.cache.retrieval.chunk_size + 2 * slack_tokens(config)
+
+
+def plan_input(
+    config: RunConfig,
+    target: ModelSize,
+    drafter: ModelSize | None,
+    *,
+    max_tokens: int,
+    max_new_tokens: int,
+    free: FreeBytes,
+) -> PlanInput:
+    """For a prompt and its continuation of `max_tokens` in all."""
+    slots = 0
+    if config.uses_retrieval:
+        slots = config.cache.retrieval.budget + retrieval_tail_tokens(config, max_new_tokens)
+    streaming = config.cache.streaming
+    return PlanInput(
+        target_shape=target.cache_shape,
+        target_weight_bytes=target.num_weight_bytes,
+        hidden_bytes_per_token=target.hidden_size * target.cache_shape.dtype.itemsize,
+        max_tokens=max_tokens,
+        slack_tokens=slack_tokens(config),
+        retrieval_slots=slots,
+        chunk_size=config.cache.retrieval.chunk_size,
+        summary_tokens=config.cache.retrieval.summary_tokens,
+        drafter_shape=drafter.cache_shape if drafter else None,
+        drafter_weight_bytes=drafter.num_weight_bytes if drafter else 0,
+        drafter_slots=streaming.sinks + streaming.window + streaming_slack(config) if drafter else 0,
+        # A piece of the prompt passes through a layer: hidden states, the MLP's two inputs, attention's fp32 output.
+        activation_bytes=PIECE_TOKENS * 4 * (4 * target.hidden_size + 3 * target.intermediate_size),
+        device_free_bytes=free.device,
+        host_free_bytes=free.host,
+        disk_free_bytes=free.disk,
+        device_is_host=free.device_is_host,
+    )

@@ -1,0 +1,65 @@
+"""A block that the disk damaged is read again from the tokens: the run goes on, with the same tokens, and says so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conf.schema import Coupling, Mode, SamplingConfig
+from orchestrator.hierarchy import MAX_REREADS
+from tests.tiny_models import random_prompt, save_checkpoint, tiny_config
+from tests.tiny_runs import DEVICE, DISK, GREEDY, engine_for, generate, run_to_end, tiny_run
+from tiers.disk_tier import DiskBlocks
+from tiers.errors import DamagedBlockError
+
+PROMPT, NUM_TOKENS = random_prompt(200), 40
+SAMPLINGS = {
+    "greedy": GREEDY,
+    "gumbel": SamplingConfig(temperature=0.8, top_p=0.9, coupling=Coupling.gumbel, seed=3),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A target and a drafter."""
+    root = tmp_path_factory.mktemp("models")
+    return [save_checkpoint(root / str(seed), tiny_config("llama"), seed) for seed in (0, 1)]
+
+
+def damage_at(monkeypatch, read_numbers: set[int]) -> None:
+    """What the disk gives for these reads, counted from 0, is not what was written."""
+    checksum, counted = DiskBlocks._checksum, []
+
+    def read_into(blocks, index, buffer, read=DiskBlocks.read_into):
+        counted.append(index)
+        if len(counted) - 1 not in read_numbers:
+            return read(blocks, index, buffer)
+        with monkeypatch.context() as patch:
+            patch.setattr(DiskBlocks, "_checksum", lambda *_: checksum(blocks, torch.zeros(blocks.shape.size)))
+            return read(blocks, index, buffer)
+
+    monkeypatch.setattr(DiskBlocks, "read_into", read_into)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+@pytest.mark.parametrize("mode", [Mode.autoregressive, Mode.triforce])
+@pytest.mark.parametrize("read_number", [0, 30, 90])
+def test_tokens_are_those_of_an_undamaged_run(folders, monkeypatch, mode, sampling, read_number):
+    wanted = generate(tiny_run(*folders, mode, DEVICE, sampling=sampling), PROMPT, NUM_TOKENS).tokens
+    damage_at(monkeypatch, {read_number})
+    config = tiny_run(*folders, mode, DISK, sampling=sampling)
+    config.tiers.disk.readers = 1
+    with engine_for(config, PROMPT, NUM_TOKENS) as engine:
+        rounds = run_to_end(engine.hierarchy)
+        assert engine.hierarchy.session.generated == wanted
+        assert engine.hierarchy.num_rereads == 1
+        assert engine.streaming_report()["damaged_blocks"] == 1
+        assert sum("reread" in record.seconds for record in rounds) == 1
+
+
+def test_a_disk_that_goes_on_damaging_blocks_ends_the_run(folders, monkeypatch):
+    damage_at(monkeypatch, set(range(10**6)))
+    with engine_for(tiny_run(*folders, Mode.triforce, DISK), PROMPT, NUM_TOKENS) as engine:
+        with pytest.raises(DamagedBlockError, match="has another checksum"):
+            run_to_end(engine.hierarchy)
+        assert engine.hierarchy.num_rereads == MAX_REREADS

@@ -1,0 +1,190 @@
+"""The disk tier: blocks of keys and values in files without a name, read past the system's page cache.
+
+A file has no name (or loses it at once, where the file system knows no nameless ones): the system frees its space when
+the process ends, however it ends, so that no run leaves files behind and no run finds another's.
+
+The checksum of each block's newest write stays in memory. A block that was damaged, cut short, or is a stale one
+because a write was lost, does not have it: `DamagedBlockError`, and none of its bytes is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+
+from tiers.base import PAGE_BYTES, BlockShape, padded_to_pages, page_aligned
+from tiers.errors import DamagedBlockError, OutOfTierMemoryError
+
+NO_NAMELESS_FILES = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
+
+
+class DiskTier:
+    """Files in `folder`; keeps count of their bytes and of damaged blocks. `is_direct`: past the page cache."""
+
+    def __init__(self, folder: Path | str):
+        self.name, self.folder = "disk", Path(folder)
+        self.used_bytes = self.peak_bytes = 0
+        self.num_damaged = 0
+        self.is_direct = True
+        self._files: list[int] = []
+
+    def blocks(self, shape: BlockShape, count: int) -> DiskBlocks:
+        """Room for `count` blocks of `shape`. Raises OutOfTierMemoryError."""
+        num_bytes = count * padded_to_pages(shape.num_bytes)
+        try:
+            file = self._open()
+            self._files.append(file)
+            if num_bytes:
+                os.posix_fallocate(file, 0, num_bytes)
+        except OSError as error:
+            gib = num_bytes / 2**30
+            raise OutOfTierMemoryError(
+                f"the disk tier cannot give {gib:.2f} GiB in {self.folder}: {error.strerror}"
+            ) from error
+        self.used_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+        return DiskBlocks(self, file, shape, count)
+
+    def _open(self) -> int:
+        """A file without a name, for direct reads if the file system has them."""
+        direct = getattr(os, "O_DIRECT", 0)
+        for flags in (direct, 0) if direct else (0,):
+            try:
+                file = self._open_nameless(flags)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not flags:
+                    raise
+            else:
+                self.is_direct &= bool(flags)
+                return file
+        raise AssertionError("unreachable: the last flags either open or raise")
+
+    def _open_nameless(self, flags: int) -> int:
+        if hasattr(os, "O_TMPFILE"):
+            try:
+                return os.open(self.folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC | flags, 0o600)
+            except OSError as error:
+                if error.errno not in NO_NAMELESS_FILES or not self.folder.is_dir():
+                    raise
+        file, path = tempfile.mkstemp(prefix="tierforce-", suffix=".kv", dir=self.folder)
+        os.unlink(path)
+        if flags:
+            import fcntl
+
+            try:
+                fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | flags)
+            except OSError:
+                os.close(file)
+                raise
+        return file
+
+    def close(self) -> None:
+        """Gives the space back."""
+        for file in self._files:
+            with contextlib.suppress(OSError):
+                os.close(file)
+        self._files.clear()
+        self.used_bytes = 0
+
+
+@dataclass(slots=True)
+class DiskBlock:
+    """One block to be streamed; see tiers.transfer.StoredBlock."""
+
+    blocks: DiskBlocks
+    index: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks.shape.num_bytes
+
+    def read_into(self, buffer: torch.Tensor) -> None:
+        self.blocks.read_into(self.index, buffer)
+
+
+class DiskBlocks:
+    """The blocks of one layer in one file; see tiers.base.BlockStore. Threads may read and write different blocks."""
+
+    def __init__(self, tier: DiskTier, file: int, shape: BlockShape, count: int):
+        self.shape = shape
+        self._tier, self._file = tier, file
+        self._checksums: list[int | None] = [None] * count
+        self._own = threading.local()
+
+    def write(self, index: int, rows: torch.Tensor) -> None:
+        """See BlockStore. Raises OSError where the disk is full after all."""
+        page_buffer = self._page_buffer()
+        block = self._as_block(page_buffer)
+        block.copy_(rows)
+        data = memoryview(page_buffer.numpy())
+        self._checksums[index] = None
+        at = 0
+        while at < len(data):
+            at += os.pwrite(self._file, data[at:], index * len(data) + at)
+        self._checksums[index] = self._checksum(block)
+
+    def source(self, index: int) -> DiskBlock:
+        return DiskBlock(self, index)
+
+    def read_into(self, index: int, buffer: torch.Tensor) -> None:
+        """Fills `buffer`, contiguous and of the block's size, on the host. Raises DamagedBlockError."""
+        fits = buffer.data_ptr() % PAGE_BYTES == 0 and buffer.nbytes % PAGE_BYTES == 0
+        pages = buffer.view(-1).view(torch.uint8) if fits else self._page_buffer()
+        data = memoryview(pages.numpy())
+        at = 0
+        while at < len(data):
+            count = os.preadv(self._file, [data[at:]], index * len(data) + at)
+            if not count:
+                raise self._damaged(index, f"ends after {at} of {len(data)} bytes")
+            at += count
+        block = self._as_block(pages)
+        if self._checksum(block) != self._checksums[index]:
+            raise self._damaged(index, "has another checksum than what was written")
+        if not fits:
+            buffer.copy_(block)
+
+    def read(self, index: int, begin: int, end: int) -> torch.Tensor:
+        """See BlockStore; reads the whole block, which alone has a checksum."""
+        block = self._read_block(index)
+        return block[:, :, begin:end].clone()
+
+    def gather(self, heads: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """See BlockStore; each block that has one of the tokens is read once."""
+        size = self.shape.num_tokens
+        rows = torch.empty(2, len(tokens), self.shape.head_dim, dtype=self.shape.dtype)
+        which = tokens // size
+        for index in which.unique().tolist():
+            chosen = which == index
+            block = self._read_block(index)
+            rows[:, chosen] = block[:, heads[chosen], tokens[chosen] - index * size]
+        return rows
+
+    def _read_block(self, index: int) -> torch.Tensor:
+        """In this thread's buffer, until its next use."""
+        block = self._as_block(self._page_buffer())
+        self.read_into(index, block)
+        return block
+
+    def _page_buffer(self) -> torch.Tensor:
+        """Bytes of whole pages, of this thread."""
+        if not hasattr(self._own, "pages"):
+            self._own.pages = page_aligned(padded_to_pages(self.shape.num_bytes)).zero_()
+        return self._own.pages
+
+    def _as_block(self, pages: torch.Tensor) -> torch.Tensor:
+        return pages[: self.shape.num_bytes].view(self.shape.dtype).view(self.shape.size)
+
+    def _checksum(self, block: torch.Tensor) -> int:
+        return xxhash.xxh3_64_intdigest(memoryview(block.view(-1).view(torch.uint8).numpy()))
+
+    def _damaged(self, index: int, what: str) -> DamagedBlockError:
+        self._tier.num_damaged += 1
+        return DamagedBlockError(f"block {index} of {len(self._checksums)} in {self._tier.folder} {what}")
