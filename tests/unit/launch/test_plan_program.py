@@ -1,0 +1,103 @@
+"""launch/plan.py: what it predicts for the published runs, what it refuses, and that it loads no model."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conf.model_shapes import PUBLISHED, model_shape
+from conf.schema import ConfigError
+from launch import plan
+
+ROOT = Path(__file__).resolve().parents[3]
+OFFLOADED = ["prompt.max_tokens=127000", "decoding.gamma1=1", "generation.max_new_tokens=256"]
+
+
+def forecast(*overrides: str) -> plan.Forecast:
+    config = plan.read_plan_config([*OFFLOADED, *overrides])
+    return plan.forecast(config, config.hardware)
+
+
+def test_published_time_between_tokens_on_two_4090s_is_met_within_a_tenth():
+    """Llama2-7B-128K: 108 ms against 840 with 9 and 12 layers on the device (arXiv 2404.11912, table 3)."""
+    settings = ["model=llama2-7b-128k", "hardware=rtx4090x2", "cache.retrieval.budget=12288", "decoding.gamma2=16"]
+    made = forecast(*settings)
+    assert made.round.seconds_per_token == pytest.approx(0.108, rel=0.1)
+    plain = forecast(*settings, "cache.full.device_layers=12", "decoding.mode=autoregressive")
+    assert plain.autoregressive_seconds == pytest.approx(0.840, rel=0.1)
+
+
+def test_forecast_of_autoregressive_decoding_has_no_draft():
+    made = forecast("model=llama3.1-8b", "hardware=h200", "decoding.mode=autoregressive")
+    assert made.round.draft_seconds == made.round.retrieval_seconds == 0
+    assert made.round.seconds_per_token == pytest.approx(made.autoregressive_seconds)
+
+
+def test_parameters_of_published_models_are_those_in_their_names():
+    sizes = {
+        "NousResearch/Yarn-Llama-2-7b-128k": 6.74e9,
+        "NousResearch/Yarn-Llama-2-13b-128k": 13.0e9,
+        "JackFram/llama-68m": 68e6,
+        "meta-llama/Llama-3.1-8B": 8.03e9,
+        "meta-llama/Llama-3.2-3B": 3.21e9,
+        "meta-llama/Llama-3.2-1B": 1.24e9,
+        "Qwen/Qwen2.5-7B": 7.62e9,
+        "Qwen/Qwen2.5-0.5B": 0.49e9,
+        "Qwen/Qwen3-8B": 8.19e9,
+        "Qwen/Qwen3-0.6B": 0.6e9,
+    }
+    for name, size in sizes.items():
+        assert PUBLISHED[name].num_parameters == pytest.approx(size, rel=0.02), name
+
+
+def test_every_pair_of_the_configuration_can_be_planned():
+    for path in (ROOT / "conf/model").glob("*.yaml"):
+        if path.stem != "demo":
+            for name in re.findall(r"^(?:target|drafter): (\S+)$", path.read_text(), re.MULTILINE):
+                assert name in PUBLISHED, path
+
+
+def test_a_folder_is_planned_from_its_config_json():
+    shape = model_shape("model.target", "demo", str(ROOT / "assets/demo/target"))
+    assert (shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.ties_embeddings) == (6, 2, 128, True)
+    assert shape.num_parameters == pytest.approx(5.64e6, rel=0.01)
+
+
+def test_an_unknown_model_is_refused():
+    with pytest.raises(ConfigError, match="model.target is 'nobody/nothing', whose sizes are not known"):
+        forecast("model.target=nobody/nothing", "hardware=h200")
+
+
+def run(*overrides: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "launch/plan.py", *overrides]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_prints_bytes_and_times():
+    result = run("model=llama2-7b-128k", "hardware=rtx4090x2", *OFFLOADED)
+    assert result.returncode == 0, result.stderr
+    for word in ("target weights", "retrieval cache", "TTFT", "TBT, triforce", "TBT, autoregressive", "on the host"):
+        assert word in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model=llama2-13b-128k", "hardware=rtx4090", *OFFLOADED], ["needs", "GiB on the device", "smaller model"]),
+        (["hardware=abacus"], ["hardware", "abacus"]),
+        (["hardware.num_devices=0"], ["hardware.num_devices is 0", ">= 1"]),
+        (["hardware=rtx4090", "hardware.num_devices=3"], ["hardware.num_devices is 3", "2 kv heads"]),
+        (["expected.retrieval_acceptance=1.5"], ["expected.retrieval_acceptance is 1.5", "between 0 and 1"]),
+        (["prompt.max_tokens=null"], ["prompt.max_tokens"]),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)
+def test_what_cannot_be_planned_is_refused_in_one_message(overrides, words):
+    result = run(*overrides)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert all(word in result.stderr for word in words), result.stderr

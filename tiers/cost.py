@@ -1,0 +1,107 @@
+"""What a plan will cost in time: seconds of each kind of pass, from bytes, operations and the machine's speeds.
+
+A pass takes as long as the slowest of what overlaps in it: the stream of blocks, or the computation, which reads
+weights and keys and multiplies. No fitted constant but the overhead of a layer. Policy only: numbers in, numbers out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Speeds:
+    """Of one device and its connections; GB are 1e9 bytes."""
+
+    num_devices: int
+    device_gb_per_s: float
+    device_tflops: float
+    link_gb_per_s: float
+    disk_gb_per_s: float
+    layer_overhead_ms: float
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class ModelCost:
+    """What a forward pass of a model reads and computes, over all devices."""
+
+    num_layers: int
+    weight_bytes: int
+    """Read in a pass."""
+    num_parameters: int
+    """Multiplied with each token."""
+    attention_width: int
+    """Query heads times head dimension."""
+    kv_bytes_per_token: int
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Streamed:
+    """Bytes of the full cache that a pass takes from tiers off the device."""
+
+    host_bytes: int = 0
+    disk_bytes: int = 0
+
+
+def forward_seconds(speeds: Speeds, model: ModelCost, num_rows: int, num_keys: int, streamed: Streamed) -> float:
+    """A pass of `num_rows` new tokens over `num_keys` keys; devices share weights, heads and links evenly."""
+    devices = speeds.num_devices
+    read = (model.weight_bytes + num_keys * model.kv_bytes_per_token) / speeds.device_gb_per_s / 1e9
+    products = 2 * num_rows * (model.num_parameters + 2 * model.num_layers * model.attention_width * num_keys)
+    computed = max(read, products / speeds.device_tflops / 1e12) / devices
+    computed += model.num_layers * speeds.layer_overhead_ms / 1e3
+    over_link = (streamed.host_bytes + streamed.disk_bytes) / devices / speeds.link_gb_per_s / 1e9
+    return max(computed, over_link, streamed.disk_bytes / speeds.disk_gb_per_s / 1e9)
+
+
+def prefill_seconds(speeds: Speeds, model: ModelCost, num_tokens: int, streamed: Streamed) -> float:
+    """Reads a prompt, each layer once over all of it; its keys and values leave for their tiers meanwhile."""
+    products = 2 * num_tokens * model.num_parameters
+    products += 2 * model.num_layers * model.attention_width * num_tokens**2  # causal: half of all pairs
+    computed = products / speeds.device_tflops / 1e12 / speeds.num_devices
+    return max(computed, forward_seconds(speeds, model, 1, 0, streamed))
+
+
+def expected_tokens(acceptance: float, num_proposed: int) -> float:
+    """Of one verification, its own token included, where each proposed token is accepted with `acceptance`."""
+    if acceptance >= 1:
+        return num_proposed + 1
+    return (1 - acceptance ** (num_proposed + 1)) / (1 - acceptance)
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Round:
+    """A verification and the drafting before it: its parts in seconds, and the tokens it gives."""
+
+    draft_seconds: float
+    retrieval_seconds: float
+    verify_seconds: float
+    num_tokens: float
+
+    @property
+    def seconds_per_token(self) -> float:
+        """The time between tokens."""
+        return (self.draft_seconds + self.retrieval_seconds + self.verify_seconds) / self.num_tokens
+
+
+def triforce_round(
+    *,
+    draft_step: float,
+    retrieval_step: float,
+    verify: float,
+    gamma1: int,
+    gamma2: int,
+    draft_acceptance: float,
+    retrieval_acceptance: float,
+) -> Round:
+    """Of seconds of a drafter's step, a step of the retrieval draft (over γ1 drafted tokens) and a verification.
+
+    Steps go on until γ2 tokens are there; with gamma1 = 0 there is no drafter, and each step gives one token.
+    """
+    num_steps = gamma2 / expected_tokens(draft_acceptance, gamma1)
+    return Round(
+        draft_seconds=num_steps * gamma1 * draft_step,
+        retrieval_seconds=num_steps * retrieval_step,
+        verify_seconds=verify,
+        num_tokens=expected_tokens(retrieval_acceptance, gamma2),
+    )
