@@ -40,10 +40,6 @@ class Level:
     def prefill(self, prompt: list[int]) -> None:
         """Reads the prompt but for its last token, whose logits the first verification asks for."""
         self.committed, self.num_commits = list(prompt), 0
-        self.reread()
-
-    def reread(self) -> None:
-        """Reads all committed tokens again but for the last, into an emptied cache."""
         self._held = self.committed[:-1]
         self._num_agreed = len(self._held)
         self.model.prefill(self._held)

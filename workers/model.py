@@ -76,11 +76,17 @@ class TargetModel:
         return self._cache.length
 
     def prefill(self, tokens: list[int]) -> None:
-        """Reads the prompt layer by layer, in pieces, which bounds the memory of activations."""
+        """Empties the cache and reads the prompt but for its last token, which comes with the first verification."""
+        self._model.start_sequence(len(tokens) + 1)
+        self.reread(tokens)
+
+    def reread(self, tokens: list[int]) -> None:
+        """Empties the cache and reads the sequence's tokens, as before, layer by layer.
+
+        In pieces, which bounds the memory of activations; each position keeps the rotation it had.
+        """
         if self._selection is not None:
             self._selection.reset()
-        # The prompt's last token comes with the first verification.
-        self._model.start_sequence(len(tokens) + 1)
         waiting: list[torch.Tensor] = []
         try:
             with self._cache.prefill(len(tokens)) as make_layer_cache:

@@ -22,6 +22,12 @@ class TargetVerifier(Level):
         verdict, _ = self._coupling.verify(draft, logits, len(self.committed))
         return verdict
 
+    def reread(self) -> None:
+        """Reads the committed tokens again but for the last, into an emptied cache."""
+        self._held = self.committed[:-1]
+        self._num_agreed = len(self._held)
+        self.model.reread(self._held)
+
     def retrieval_update(self, *, rebuild: bool):
         """What the retriever's `refresh` wants; call it after `commit`."""
         return self.model.retrieval_update(rebuild=rebuild)

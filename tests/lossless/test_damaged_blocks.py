@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
-import torch
 
 from conf.schema import Coupling, Mode, SamplingConfig
 from orchestrator.hierarchy import MAX_REREADS
@@ -28,15 +29,16 @@ def folders(tmp_path_factory):
 
 def damage_at(monkeypatch, read_numbers: set[int]) -> None:
     """What the disk gives for these reads, counted from 0, is not what was written."""
-    checksum, counted = DiskBlocks._checksum, []
+    counter, read = itertools.count(), DiskBlocks.read_into
 
-    def read_into(blocks, index, buffer, read=DiskBlocks.read_into):
-        counted.append(index)
-        if len(counted) - 1 not in read_numbers:
+    def read_into(blocks, index, buffer):
+        if next(counter) not in read_numbers:
             return read(blocks, index, buffer)
-        with monkeypatch.context() as patch:
-            patch.setattr(DiskBlocks, "_checksum", lambda *_: checksum(blocks, torch.zeros(blocks.shape.size)))
+        checksum, blocks._checksums[index] = blocks._checksums[index], 0
+        try:
             return read(blocks, index, buffer)
+        finally:
+            blocks._checksums[index] = checksum
 
     monkeypatch.setattr(DiskBlocks, "read_into", read_into)
 
@@ -55,6 +57,18 @@ def test_tokens_are_those_of_an_undamaged_run(folders, monkeypatch, mode, sampli
         assert engine.hierarchy.num_rereads == 1
         assert engine.streaming_report()["damaged_blocks"] == 1
         assert sum("reread" in record.seconds for record in rounds) == 1
+
+
+def test_positions_keep_their_rotation_where_it_depends_on_the_length_of_the_prompt(tmp_path, monkeypatch):
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    config = tiny_config("llama", rope_parameters=dynamic, max_position_embeddings=128)
+    folder = save_checkpoint(tmp_path / "dynamic", config)
+    wanted = generate(tiny_run(folder, mode=Mode.autoregressive), PROMPT, NUM_TOKENS).tokens
+    damage_at(monkeypatch, {400})
+    with engine_for(tiny_run(folder, mode=Mode.autoregressive, tier=DISK), PROMPT, NUM_TOKENS) as engine:
+        run_to_end(engine.hierarchy)
+        assert engine.hierarchy.num_rereads == 1
+        assert engine.hierarchy.session.generated == wanted
 
 
 def test_a_disk_that_goes_on_damaging_blocks_ends_the_run(folders, monkeypatch):
