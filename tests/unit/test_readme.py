@@ -5,6 +5,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from conf.schema import RunConfig
+from launch.plan import PlanConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,9 +29,13 @@ def keys_of(config, prefix: str = "") -> set[str]:
 def test_every_override_in_the_readme_is_a_key_of_the_schema():
     overrides = set(re.findall(r"(?<=\s)([a-z_]+(?:\.[a-z0-9_]+)*)=(?!=)", README))
     assert overrides, "the README shows overrides"
-    assert overrides <= keys_of(RunConfig())
+    assert overrides <= keys_of(PlanConfig())
+    assert overrides - {"hardware"} <= keys_of(RunConfig())
 
 
 def test_every_group_choice_in_the_readme_has_a_file():
-    for choice in re.findall(r"\bmodel=([\w.-]+)", README):
-        assert (ROOT / "conf/model" / f"{choice}.yaml").is_file(), choice
+    for group in ("model", "hardware"):
+        choices = re.findall(rf"\b{group}=([\w.-]+)", README)
+        assert choices
+        for choice in choices:
+            assert (ROOT / "conf" / group / f"{choice}.yaml").is_file(), choice
