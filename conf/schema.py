@@ -45,6 +45,13 @@ class Coupling(StrEnum):
     gumbel = "gumbel"
 
 
+class ChunkRule(StrEnum):
+    """By what the chunks of the retrieval cache are chosen."""
+
+    attention = "attention"
+    mean_key = "mean_key"
+
+
 class Dtype(StrEnum):
     """Of weights and caches; `auto` is bfloat16 where the processor computes in it, else float32."""
 
@@ -117,7 +124,10 @@ class RetrievalCacheConfig:
     budget: int = 1024
     """Tokens per layer and kv head; 0 leaves the level out; more than the context is cut to it."""
     chunk_size: int = 8
-    """Tokens that are chosen together, by their mean key."""
+    """Tokens that are chosen together."""
+    rule: ChunkRule = ChunkRule.attention
+    """attention: what the last verifications attended to; mean_key: products of queries and the chunk's mean key, as in
+    TriForce, which takes memory on the device."""
     newest_share: float = 0.5
     """Of the budget: newest tokens, kept whatever their score; 1 makes it a recent window, for comparison."""
     summary_tokens: int = 64
@@ -204,6 +214,14 @@ class LinkConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class HostConfig:
+    """The host tier."""
+
+    checksums: bool = False
+    """Check every block when it is read, as the disk tier always does: slower, finds faulty memory and bugs."""
+
+
+@dataclass(kw_only=True, slots=True)
 class DiskConfig:
     """The disk tier."""
 
@@ -222,6 +240,7 @@ class TiersConfig:
     """The kinds of memory and what is between them."""
 
     link: LinkConfig = field(default_factory=LinkConfig)
+    host: HostConfig = field(default_factory=HostConfig)
     disk: DiskConfig = field(default_factory=DiskConfig)
 
 

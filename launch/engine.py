@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from conf.schema import LOOKUP_DRAFTER, ConfigError, Dtype, RunConfig
+from conf.schema import LOOKUP_DRAFTER, ChunkRule, ConfigError, Dtype, RunConfig
 from launch.sizing import (
     PIECE_TOKENS,
     FreeBytes,
@@ -24,6 +24,7 @@ from orchestrator.hierarchy import Hierarchy
 from orchestrator.rebuild_policy import RebuildPolicy
 from orchestrator.session import Session
 from orchestrator.text_stream import TextStream
+from tiers.attention_mass import AttentionMass
 from tiers.base import BlockShape, CacheShape
 from tiers.chunk_index import ChunkIndex
 from tiers.context_summary import ContextSummary
@@ -137,7 +138,8 @@ class Engine:
     plan: MemoryPlan
     notes: list[str]
     _device: torch.device
-    _tiers: list
+    _device_tier: DeviceTier
+    _host_tier: PinnedHostTier
     _disk_tier: DiskTier
     _link: Link
     _weight_bytes: int
@@ -150,7 +152,7 @@ class Engine:
 
     def memory_report(self) -> dict[str, dict[str, int]]:
         """Planned and peak bytes of each tier; peak: what the allocator (CUDA) or our tiers have handed out."""
-        peaks = {tier.name: tier.peak_bytes for tier in (*self._tiers, self._disk_tier)}
+        peaks = {tier.name: tier.peak_bytes for tier in (self._device_tier, self._host_tier, self._disk_tier)}
         peaks["device"] += self._weight_bytes
         if self._device.type == "cuda":
             peaks["device"] = torch.cuda.max_memory_allocated(self._device)
@@ -167,7 +169,7 @@ class Engine:
             "gb_per_s": rate,
             "stall_s": stats.stall_seconds,
             "emulated_link_gb_per_s": self._link.gb_per_s,
-            "damaged_blocks": self._disk_tier.num_damaged,
+            "damaged_blocks": self._disk_tier.num_damaged + self._host_tier.num_damaged,
         }
 
     def close(self) -> None:
@@ -234,7 +236,8 @@ class _Builder:
         self._config, self._prepared, self._plan = config, prepared, plan
         self._max_new_tokens, self._notes = max_new_tokens, notes
         self._device_tier = DeviceTier(prepared.device)
-        self._host_tier = PinnedHostTier(pin=prepared.device.type == "cuda" and can_pin())
+        pin, checksums = prepared.device.type == "cuda" and can_pin(), config.tiers.host.checksums
+        self._host_tier = PinnedHostTier(pin=pin, checksums=checksums)
         if prepared.device.type == "cuda" and not self._host_tier.pin and plan.host_bytes:
             notes.append("host memory is not pinned (cupy is missing): copies will be slow")
         if plan.num_disk_layers:
@@ -277,7 +280,8 @@ class _Builder:
             plan=self._plan,
             notes=self._notes,
             _device=prepared.device,
-            _tiers=[self._device_tier, self._host_tier],
+            _device_tier=self._device_tier,
+            _host_tier=self._host_tier,
             _disk_tier=self._disk_tier,
             _link=self._link,
             _weight_bytes=weights,
@@ -309,6 +313,7 @@ class _Builder:
         if not tiers:
             return FullCache(layers, facts.windows)
         readers = config.tiers.disk.readers if plan.num_disk_layers else 1
+        needs_staging = plan.num_disk_layers > 0 or self._host_tier.checksums
         streamer = make_streamer(
             block.size,
             shape.dtype,
@@ -317,26 +322,31 @@ class _Builder:
             device,
             num_threads=readers,
             link=self._link,
-            staging_tier=self._host_tier if plan.num_disk_layers else None,
+            staging_tier=self._host_tier if needs_staging else None,
         )
         make_space = partial(_space, shape, self._device_tier)
         return FullCache(layers, facts.windows, streamer, BlockWriter(device), make_space)
 
     def _selection(self, full_cache: FullCache) -> RetrievalSelection:
         capacity, facts = self._plan.max_tokens + self._plan.slack_tokens, self._prepared.target
-        retrieval = self._config.cache.retrieval
-        index = ChunkIndex(facts.cache_shape, capacity, retrieval.chunk_size, self._device_tier)
-        summary = None
+        retrieval, shape, tier = self._config.cache.retrieval, facts.cache_shape, self._device_tier
+        make_rule = ChunkIndex if retrieval.rule == ChunkRule.mean_key else AttentionMass
+        rule = make_rule(shape, capacity, retrieval.chunk_size, tier)
+        summary = ahead = None
         if retrieval.summary_tokens:
-            summary = ContextSummary(facts.cache_shape, capacity, retrieval.summary_tokens, self._device_tier)
-        return RetrievalSelection(full_cache, index, facts.windows, retrieval.budget, retrieval.newest_share, summary)
+            summary = ContextSummary(shape, capacity, retrieval.summary_tokens, tier)
+        if self._plan.chooses_ahead:
+            size = (len(full_cache.layers_in_blocks), 2, shape.num_kv_heads * retrieval.budget, shape.head_dim)
+            ahead = tier.allocate(*size, dtype=shape.dtype).zero_()
+        share = retrieval.newest_share
+        return RetrievalSelection(full_cache, rule, facts.windows, retrieval.budget, share, summary, ahead)
 
     def _retriever(self, target) -> RetrievalDrafter:
         tail = retrieval_tail_tokens(self._config, self._max_new_tokens)
         budget, slack = self._config.cache.retrieval.budget, self._plan.slack_tokens
         num_summaries = 0
         if group_tokens := self._config.cache.retrieval.summary_tokens:
-            num_summaries = self._plan.max_tokens // group_tokens
+            num_summaries = (self._plan.max_tokens + slack) // group_tokens
         shape = self._prepared.target.cache_shape
         cache = RetrievalCache(shape, budget, tail, slack, self._device_tier, num_summaries)
         return RetrievalDrafter(RetrievalModel(target, cache), self._coupling(LEVEL_RETRIEVAL))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from conf.schema import RunConfig
+from conf.schema import ChunkRule, RunConfig
 from tiers.base import CacheShape
 from tiers.plan import PlanInput
 
@@ -48,7 +48,7 @@ def retrieval_tail_tokens(config: RunConfig, max_new_tokens: int) -> int:
     tail = max_new_tokens
     if config.cache.retrieval.rebuild != "never":
         tail = min(tail, max(config.cache.retrieval.budget // 2, 4 * slack_tokens(config)))
-    return tail + config.cache.retrieval.chunk_size + 2 * slack_tokens(config)
+    return tail + config.cache.retrieval.chunk_size + 3 * slack_tokens(config)
 
 
 def plan_input(
@@ -61,9 +61,9 @@ def plan_input(
     free: FreeBytes,
 ) -> PlanInput:
     """For a prompt and its continuation of `max_tokens` in all."""
-    slots = 0
+    slots, retrieval = 0, config.cache.retrieval
     if config.uses_retrieval:
-        slots = config.cache.retrieval.budget + retrieval_tail_tokens(config, max_new_tokens)
+        slots = retrieval.budget + retrieval_tail_tokens(config, max_new_tokens)
     streaming = config.cache.streaming
     return PlanInput(
         target_shape=target.cache_shape,
@@ -72,8 +72,10 @@ def plan_input(
         max_tokens=max_tokens,
         slack_tokens=slack_tokens(config),
         retrieval_slots=slots,
-        chunk_size=config.cache.retrieval.chunk_size,
-        summary_tokens=config.cache.retrieval.summary_tokens,
+        chunk_size=retrieval.chunk_size,
+        keeps_mean_keys=retrieval.rule == ChunkRule.mean_key,
+        ahead_tokens=retrieval.budget if config.uses_retrieval and retrieval.rebuild != "never" else 0,
+        summary_tokens=retrieval.summary_tokens,
         drafter_shape=drafter.cache_shape if drafter else None,
         drafter_weight_bytes=drafter.num_weight_bytes if drafter else 0,
         drafter_slots=streaming.sinks + streaming.window + streaming_slack(config) if drafter else 0,
@@ -82,5 +84,6 @@ def plan_input(
         device_free_bytes=free.device,
         host_free_bytes=free.host,
         disk_free_bytes=free.disk,
+        checks_host=config.tiers.host.checksums,
         device_is_host=free.device_is_host,
     )

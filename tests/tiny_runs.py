@@ -10,6 +10,7 @@ from pathlib import Path
 
 from conf.schema import (
     CacheConfig,
+    ChunkRule,
     DecodingConfig,
     Dtype,
     FullCacheConfig,
@@ -47,6 +48,7 @@ def tiny_run(
     gamma2: int = 6,
     budget: int = 4 * CHUNK,
     rebuild: str = "adaptive",
+    rule: ChunkRule = ChunkRule.attention,
     summary_tokens: int = 2 * CHUNK,
     sinks: int = 4,
     window: int = 40,
@@ -62,7 +64,7 @@ def tiny_run(
         cache=CacheConfig(
             full=FullCacheConfig(tier=tier, block_tokens=str(BLOCK_TOKENS)),
             retrieval=RetrievalCacheConfig(
-                budget=budget, chunk_size=CHUNK, rebuild=rebuild, summary_tokens=summary_tokens
+                budget=budget, chunk_size=CHUNK, rebuild=rebuild, rule=rule, summary_tokens=summary_tokens
             ),
             streaming=StreamingCacheConfig(sinks=sinks, window=window),
         ),

@@ -154,6 +154,10 @@ def page_aligned(num_bytes: int) -> torch.Tensor:
 
 def gather_chunks(rows: torch.Tensor, chunk_ids: torch.Tensor, chunk_size: int) -> torch.Tensor:
     """Chunks of `rows` [H, N, D], chosen per head by `chunk_ids` [H, m]: [H, m * chunk_size, D]."""
-    offsets = torch.arange(chunk_size, device=chunk_ids.device)
-    tokens = (chunk_ids[..., None] * chunk_size + offsets).flatten(1)
+    tokens = tokens_of_chunks(chunk_ids, chunk_size)
     return rows.gather(1, tokens[..., None].expand(-1, -1, rows.shape[-1]))
+
+
+def tokens_of_chunks(chunk_ids: torch.Tensor, chunk_size: int) -> torch.Tensor:
+    """Positions [H, m * chunk_size] of the tokens of the chunks `chunk_ids` [H, m]."""
+    return (chunk_ids[..., None] * chunk_size + torch.arange(chunk_size, device=chunk_ids.device)).flatten(1)

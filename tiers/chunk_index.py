@@ -6,6 +6,8 @@ heads of a group pooled, over the queries of all tokens of the last verification
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from tiers.base import CacheShape
@@ -14,8 +16,35 @@ from tiers.full_cache import FullCache
 READ_TOKENS = 1024  # read from the cache at once, so that what is needed on the device stays small
 
 
+class ChunkRule(Protocol):
+    """Scores the chunks of `chunk_size` tokens of each layer of a full cache, and chooses among them."""
+
+    chunk_size: int
+
+    def reset(self) -> None:
+        """A new sequence."""
+
+    def begin_reading(self) -> None:
+        """The sequence will be read, or read again, from its first token."""
+
+    def observe(self, layer: int, start: int, k: torch.Tensor) -> None:
+        """Takes keys [H, T, D] that are final, as prefill appends them from position `start` on, in order."""
+
+    def catch_up(self, cache: FullCache) -> None:
+        """Learns what there is to learn of the cache's tokens, which must be final."""
+
+    def select(
+        self, layer: int, q: torch.Tensor | None, num_chunks: int, num_wanted: int, num_newest: int, oldest: int = 0
+    ) -> torch.Tensor:
+        """The best of the first `num_chunks` chunks for queries `q` [H, G, T, D]: ids [H, num_wanted], ascending.
+
+        The `num_newest` last ones and the first are always among them; chunks before position `oldest` only if
+        nothing else is left. All chunks must be complete.
+        """
+
+
 class ChunkIndex:
-    """Mean keys [H, number of complete chunks, D] of each layer of a full cache."""
+    """Mean keys [H, number of complete chunks, D] of each layer of a full cache; a ChunkRule."""
 
     def __init__(self, shape: CacheShape, capacity: int, chunk_size: int, tier):
         self.chunk_size = chunk_size
@@ -25,7 +54,7 @@ class ChunkIndex:
         self.reset()
 
     def observe(self, layer: int, start: int, k: torch.Tensor) -> None:
-        """Takes keys [H, T, D] that are final, as prefill appends them from position `start` on, in order."""
+        """See ChunkRule."""
         first, begun = self._num_indexed[layer], self._begun[layer]
         if begun is not None:
             k, start = torch.cat([begun, k], dim=1), start - begun.shape[1]
@@ -57,20 +86,31 @@ class ChunkIndex:
         self._num_indexed = [0] * self._num_layers
         self._begun: list[torch.Tensor | None] = [None] * self._num_layers  # keys of the chunk not yet complete
 
-    def select(self, layer: int, q: torch.Tensor, num_wanted: int, num_newest: int, oldest: int = 0) -> torch.Tensor:
-        """The best chunks for queries `q` [H, G, T, D]: ids [H, num_wanted] in ascending order.
+    begin_reading = reset
 
-        The `num_newest` last ones and the first are always among them; chunks before position `oldest` only if
-        nothing else is left. Needs at least `num_wanted` complete chunks.
-        """
-        num_chunks = self._num_indexed[layer]
-        assert num_newest <= num_wanted <= num_chunks, f"{num_newest} <= {num_wanted} <= {num_chunks} chunks"
+    def select(
+        self, layer: int, q: torch.Tensor, num_chunks: int, num_wanted: int, num_newest: int, oldest: int = 0
+    ) -> torch.Tensor:
+        """See ChunkRule."""
+        known = self._num_indexed[layer]
+        assert num_chunks <= known, f"{num_chunks} chunks asked for, {known} indexed"
         means = self._means[layer, :, :num_chunks]
         q = q.flatten(1, 2)
         scores = torch.matmul(q.float(), means.float().transpose(1, 2)) * q.shape[-1] ** -0.5
         scores = torch.softmax(scores, dim=-1).mean(dim=1)
-        scores[:, : oldest // self.chunk_size] = -1
-        scores[:, num_chunks - num_newest :] = 2  # above any probability
-        if num_wanted > num_newest:
-            scores[:, 0] = 2
-        return scores.topk(num_wanted, dim=-1).indices.sort(dim=-1).values
+        return best_chunks(scores, num_wanted, num_newest, oldest // self.chunk_size)
+
+
+def best_chunks(scores: torch.Tensor, num_wanted: int, num_newest: int, num_old: int = 0) -> torch.Tensor:
+    """The chunks of highest score [H, chunks], between 0 and 1, which is overwritten: ids [H, num_wanted], ascending.
+
+    The `num_newest` last ones and the first are always among them; the first `num_old` only if nothing else is left.
+    Needs at least `num_wanted` chunks.
+    """
+    num_chunks = scores.shape[1]
+    assert num_newest <= num_wanted <= num_chunks, f"{num_newest} <= {num_wanted} <= {num_chunks} chunks"
+    scores[:, :num_old] = -1
+    scores[:, num_chunks - num_newest :] = 3  # above any score
+    if num_wanted > num_newest:
+        scores[:, 0] = 3
+    return scores.topk(num_wanted, dim=-1).indices.sort(dim=-1).values

@@ -27,30 +27,36 @@ class Summary:
 
 
 class ContextSummary:
-    """Sums of keys and values over groups of `group_tokens` consecutive tokens, of each layer of a full cache."""
+    """Means of keys and values over groups of `group_tokens` consecutive tokens, of each layer of a full cache."""
 
     def __init__(self, shape: CacheShape, capacity: int, group_tokens: int, tier):
         self.group_tokens = group_tokens
-        num_groups = -(-capacity // group_tokens)
-        size = (shape.num_layers, 2, shape.num_kv_heads, num_groups, shape.head_dim)
-        self._sums = tier.allocate(*size, dtype=torch.float32)
+        heads, dim, num_groups = shape.num_kv_heads, shape.head_dim, capacity // group_tokens
+        self._means = tier.allocate(shape.num_layers, 2, heads, num_groups, dim, dtype=shape.dtype)
+        self._begun = tier.allocate(shape.num_layers, 2, heads, dim, dtype=torch.float32)  # sums of the last group
         self._num_layers = shape.num_layers
         self.reset()
 
     def reset(self) -> None:
-        self._sums.zero_()
+        self._begun.zero_()
         self._num_tokens = [0] * self._num_layers
 
     def observe(self, layer: int, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Takes final keys and values [H, T, D] from position `start` on, in order; those known are left out."""
-        known = self._num_tokens[layer] - start
-        assert known >= 0, f"tokens from {self._num_tokens[layer]} on are missing before position {start}"
+        size, known = self.group_tokens, self._num_tokens[layer]
+        assert known >= start, f"tokens from {known} on are missing before position {start}"
         end = start + k.shape[1]
-        if end <= self._num_tokens[layer]:
+        if end <= known:
             return
-        groups = torch.arange(start + known, end, device=k.device) // self.group_tokens
+        first, num_complete = known // size, end // size
+        groups = torch.arange(known, end, device=k.device) // size - first
+        begun = self._begun[layer]
+        sums = torch.zeros(*begun.shape[:2], num_complete - first + 1, begun.shape[2], device=k.device)
+        sums[:, :, 0] = begun
         for side, rows in ((0, k), (1, v)):
-            self._sums[layer, side].index_add_(1, groups, rows[:, known:].float())
+            sums[side].index_add_(1, groups, rows[:, known - start :].float())
+        self._means[layer, :, :, first:num_complete] = sums[:, :, :-1] / size
+        self._begun[layer] = sums[:, :, -1]
         self._num_tokens[layer] = end
 
     def catch_up(self, cache: FullCache) -> None:
@@ -64,7 +70,8 @@ class ContextSummary:
         num_groups = self._num_tokens[layer] // self.group_tokens
         heads, dim = k.shape[0], k.shape[2]
         sums = torch.zeros(2, heads, num_groups + 1, dim, device=k.device)  # the last one for tokens of no such group
-        sums[:, :, :num_groups] = self._sums[layer, :, :, :num_groups]
+        sums[:, :, :num_groups] = self._means[layer, :, :, :num_groups]
+        sums *= self.group_tokens
         counts = torch.full((heads, num_groups + 1), float(self.group_tokens), device=k.device)
         groups = (positions // self.group_tokens).clamp_max(num_groups)
         counts.scatter_add_(1, groups, torch.full_like(groups, -1, dtype=counts.dtype))

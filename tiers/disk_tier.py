@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import xxhash
 
 from tiers.base import PAGE_BYTES, BlockShape, padded_to_pages, page_aligned
+from tiers.checksum import checksum
 from tiers.errors import DamagedBlockError, OutOfTierMemoryError
 
 NO_NAMELESS_FILES = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
@@ -129,7 +129,7 @@ class DiskBlocks:
         at = 0
         while at < len(data):
             at += os.pwrite(self._file, data[at:], index * len(data) + at)
-        self._checksums[index] = self._checksum(block)
+        self._checksums[index] = checksum(block)
 
     def source(self, index: int) -> DiskBlock:
         return DiskBlock(self, index)
@@ -146,7 +146,7 @@ class DiskBlocks:
                 raise self._damaged(index, f"ends after {at} of {len(data)} bytes")
             at += count
         block = self._as_block(pages)
-        if self._checksum(block) != self._checksums[index]:
+        if checksum(block) != self._checksums[index]:
             raise self._damaged(index, "has another checksum than what was written")
         if not fits:
             buffer.copy_(block)
@@ -181,9 +181,6 @@ class DiskBlocks:
 
     def _as_block(self, pages: torch.Tensor) -> torch.Tensor:
         return pages[: self.shape.num_bytes].view(self.shape.dtype).view(self.shape.size)
-
-    def _checksum(self, block: torch.Tensor) -> int:
-        return xxhash.xxh3_64_intdigest(memoryview(block.view(-1).view(torch.uint8).numpy()))
 
     def _damaged(self, index: int, what: str) -> DamagedBlockError:
         self._tier.num_damaged += 1

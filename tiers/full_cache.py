@@ -9,7 +9,10 @@ A layer in blocks, of `length` tokens:
 A block is one contiguous copy. Only the tail is ever written in small pieces, and roll back touches nothing else,
 but for a truncation deep into the past, which reads a block back.
 
-A prompt is read layer by layer (`prefill_layer`): while the pieces of the prompt pass through a layer, its keys and
+Chunks that the retrieval cache wants of a layer in blocks are copied as its blocks pass (`collect`): fetched for that
+alone they would take the link's time, and from disk nearly as many bytes as the pass itself.
+
+A prompt is read layer by layer (`prefill`): while the pieces of the prompt pass through a layer, its keys and
 values are all on the device; those of a layer in blocks leave for their tier behind the computation, once.
 """
 
@@ -22,7 +25,7 @@ from functools import partial
 
 import torch
 
-from tiers.base import BlockStore, CacheShape, Segment, Tier, gather_chunks, padded
+from tiers.base import BlockStore, CacheShape, Segment, Tier, gather_chunks, padded, tokens_of_chunks
 from tiers.transfer import AS_FAST_AS_IT_IS, BlockWriter, Link, StreamStats
 
 
@@ -141,7 +144,7 @@ class BlockLayer:
         What of a chunk lies in the tail is read from there.
         """
         heads, dim, device = chunk_ids.shape[0], self._tail.shape[-1], self._tail.device
-        tokens = (chunk_ids[..., None] * chunk_size + torch.arange(chunk_size, device=device)).flatten(1)
+        tokens = tokens_of_chunks(chunk_ids, chunk_size)
         is_stored = tokens < self.tail_start
         kv = torch.empty(2, *tokens.shape, dim, dtype=self._tail.dtype, device=device)
         head_ids = torch.arange(heads, device=device)[:, None].expand_as(tokens)
@@ -152,6 +155,10 @@ class BlockLayer:
             kv[side][is_stored] = stored[side]
             kv[side][~is_stored] = self._tail[side][head_ids[~is_stored], tail_tokens]
         return kv[0], kv[1]
+
+    def collect_tail(self, collection: Collection) -> None:
+        """See Collection.take_tail."""
+        collection.take_tail(self.num_blocks, self._tail)
 
     def stream_sources(self, first: int) -> list:
         """What a streamer takes for the blocks from `first` on."""
@@ -171,6 +178,48 @@ class BlockLayer:
         """The processor reads what the device wrote."""
         if self._tail.device.type == "cuda":
             torch.cuda.current_stream(self._tail.device).synchronize()
+
+
+class Collection:
+    """Chunks wanted of a layer in blocks, `chunk_ids` [H, m]; they are copied on the device as the blocks pass.
+
+    To `out` [2, >= H * m * chunk_size, D]. Tokens that do not pass, because no query sees them any more through the
+    layer's sliding window, are left as they are there: finite, but without meaning.
+    """
+
+    def __init__(self, chunk_ids: torch.Tensor, chunk_size: int, block_tokens: int, out: torch.Tensor):
+        tokens = tokens_of_chunks(chunk_ids, chunk_size)
+        heads = torch.arange(tokens.shape[0], device=tokens.device)[:, None].expand_as(tokens).flatten()
+        self._kv = out[:, : tokens.numel()]
+        self._size = (2, *tokens.shape, out.shape[-1])
+        self._slots = tokens.flatten().argsort()
+        self._heads, self._tokens = heads[self._slots], tokens.flatten()[self._slots]
+        # Of the sorted tokens, how many lie in blocks up to each.
+        self._ends = torch.bincount(self._tokens // block_tokens).cumsum(0).tolist()
+        self._block_tokens = block_tokens
+        self.is_complete = False
+
+    def take_block(self, index: int, block: torch.Tensor) -> None:
+        """`block` [2, H, B, D] passes."""
+        if index < len(self._ends):
+            self._take(self._ends[index - 1] if index else 0, self._ends[index], index * self._block_tokens, block)
+
+    def take_tail(self, num_blocks: int, tail: torch.Tensor) -> None:
+        """What is in no block, behind `num_blocks` of them: the last to pass."""
+        if self._ends:
+            first = self._ends[min(num_blocks, len(self._ends)) - 1] if num_blocks else 0
+            self._take(first, self._ends[-1], num_blocks * self._block_tokens, tail)
+        self.is_complete = True
+
+    def _take(self, first: int, end: int, start: int, rows: torch.Tensor) -> None:
+        if first < end:
+            tokens = self._tokens[first:end] - start
+            self._kv[:, self._slots[first:end]] = rows[:, self._heads[first:end], tokens]
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [H, m * chunk_size, D], as FullCache.gather gives them."""
+        k, v = self._kv.view(self._size)
+        return k, v
 
 
 class LayerPrefill:
@@ -226,6 +275,7 @@ class FullCache:
     ):
         self._layers, self._windows, self._streamer = layers, windows, streamer
         self._writer, self._make_space = writer, make_space
+        self._collections: dict[int, Collection] = {}
         self.length = self._num_new = 0
 
     @contextmanager
@@ -269,8 +319,13 @@ class FullCache:
             yield store.segment(self._first_seen(layer), end, self._num_new)
             return
         first = self._first_block(layer)
+        collection = self._collections.get(layer)
         for index, block in enumerate(self._streamer.take(store.num_blocks - first), start=first):
+            if collection is not None:
+                collection.take_block(index, block)
             yield Segment(block[0], block[1], start=index * block.shape[2])
+        if collection is not None:
+            store.collect_tail(collection)
         yield store.segment(end, self._num_new)
         store.settle(end)
 
@@ -280,16 +335,18 @@ class FullCache:
     def abort(self) -> None:
         if self._streamer is not None:
             self._streamer.cancel()
+        self._collections.clear()
         self.truncate(self.length)
 
     def truncate(self, length: int) -> None:
         assert 0 <= length <= self.length, f"truncate to {length} of {self.length} tokens"
         self.length = length
-        for layer in self._block_layers():
+        for layer in self._block_layers().values():
             layer.truncate(length)
 
     def reset(self) -> None:
         self.truncate(0)
+        self._collections.clear()
 
     def read(self, layer: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [H, end - start, D] of these tokens, on the device."""
@@ -300,6 +357,20 @@ class FullCache:
         """Keys and values [H, m * chunk_size, D] of complete chunks, chosen per head by `chunk_ids` [H, m]."""
         return self._layers[layer].gather(chunk_ids, chunk_size)
 
+    def collect(self, layer: int, chunk_ids: torch.Tensor, chunk_size: int, out: torch.Tensor) -> None:
+        """The next pass is to copy these chunks of a layer in blocks, whose tokens are final; see Collection."""
+        self._collections[layer] = Collection(chunk_ids, chunk_size, self._layers[layer].block_tokens, out)
+
+    @property
+    def has_collected(self) -> bool:
+        """A pass has copied the chunks of all layers in blocks."""
+        collections = [self._collections.get(layer) for layer in self._block_layers()]
+        return all(collection is not None and collection.is_complete for collection in collections)
+
+    def collected(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `gather` would give of the chunks that the last pass copied; valid until the next pass."""
+        return self._collections.pop(layer).result()
+
     @property
     def stream_stats(self) -> StreamStats:
         return StreamStats() if self._streamer is None else self._streamer.stats
@@ -309,8 +380,13 @@ class FullCache:
             if helper is not None:
                 helper.close()
 
-    def _block_layers(self) -> list[BlockLayer]:
-        return [layer for layer in self._layers if isinstance(layer, BlockLayer)]
+    @property
+    def layers_in_blocks(self) -> list[int]:
+        """Numbers of the layers that are not on the device."""
+        return list(self._block_layers())
+
+    def _block_layers(self) -> dict[int, BlockLayer]:
+        return {number: layer for number, layer in enumerate(self._layers) if isinstance(layer, BlockLayer)}
 
     def _first_seen(self, layer: int) -> int:
         """Position of the oldest key that the first new token sees."""

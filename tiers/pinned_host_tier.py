@@ -7,18 +7,21 @@ CUDA the same tier is plain memory.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
 from tiers.base import BlockShape
-from tiers.errors import OutOfTierMemoryError
+from tiers.checksum import checksum
+from tiers.errors import DamagedBlockError, OutOfTierMemoryError
 
 
 class PinnedHostTier:
-    """Allocates host memory, page-locked if `pin`, and keeps count."""
+    """Allocates host memory, page-locked if `pin`, and keeps count. With `checksums`, blocks are checked when read."""
 
-    def __init__(self, *, pin: bool):
-        self.name, self.pin = "host", pin
+    def __init__(self, *, pin: bool, checksums: bool = False):
+        self.name, self.pin, self.checksums = "host", pin, checksums
+        self.num_damaged = 0
         self.used_bytes = self.peak_bytes = 0
 
     def allocate(self, *size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -40,7 +43,8 @@ class PinnedHostTier:
 
     def blocks(self, shape: BlockShape, count: int) -> HostBlocks:
         """Room for `count` blocks of `shape`. Raises OutOfTierMemoryError."""
-        return HostBlocks(shape, self.allocate(count, *shape.size, dtype=shape.dtype))
+        memory = self.allocate(count, *shape.size, dtype=shape.dtype)
+        return CheckedHostBlocks(shape, memory, self) if self.checksums else HostBlocks(shape, memory)
 
     def _pinned(self, num_bytes: int, dtype: torch.dtype) -> torch.Tensor:
         import cupy
@@ -72,6 +76,58 @@ class HostBlocks:
     def gather(self, heads: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         block, offset = tokens // self.shape.num_tokens, tokens % self.shape.num_tokens
         return torch.stack([self._memory[block, side, heads, offset] for side in (0, 1)])
+
+
+class CheckedHostBlocks(HostBlocks):
+    """Holds each block it reads against the checksum of its newest write: to find faulty memory, or a bug."""
+
+    def __init__(self, shape: BlockShape, memory: torch.Tensor, tier: PinnedHostTier):
+        super().__init__(shape, memory)
+        self._tier, self._checksums = tier, [None] * len(memory)
+
+    def write(self, index: int, rows: torch.Tensor) -> None:
+        self._memory[index].copy_(rows)
+        self._checksums[index] = checksum(self._memory[index])
+
+    def source(self, index: int) -> CheckedHostBlock:
+        return CheckedHostBlock(self, index)
+
+    def read(self, index: int, begin: int, end: int) -> torch.Tensor:
+        self.check(index, self._memory[index])
+        return super().read(index, begin, end)
+
+    def gather(self, heads: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        for index in (tokens // self.shape.num_tokens).unique().tolist():
+            self.check(index, self._memory[index])
+        return super().gather(heads, tokens)
+
+    def read_into(self, index: int, buffer: torch.Tensor) -> None:
+        """Copies block `index` to `buffer`, on the host, and checks the copy. Raises DamagedBlockError."""
+        buffer.copy_(self._memory[index])
+        self.check(index, buffer)
+
+    def check(self, index: int, block: torch.Tensor) -> None:
+        """Raises DamagedBlockError."""
+        if checksum(block) != self._checksums[index]:
+            self._tier.num_damaged += 1
+            raise DamagedBlockError(
+                f"block {index} of {len(self._memory)} in host memory has another checksum than what was written"
+            )
+
+
+@dataclass(slots=True)
+class CheckedHostBlock:
+    """One block to be streamed; see tiers.transfer.StoredBlock."""
+
+    blocks: CheckedHostBlocks
+    index: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks.shape.num_bytes
+
+    def read_into(self, buffer: torch.Tensor) -> None:
+        self.blocks.read_into(self.index, buffer)
 
 
 def can_pin() -> bool:

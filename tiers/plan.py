@@ -29,6 +29,10 @@ class PlanInput:
     retrieval_slots: int = 0
     """Budget and tail of the retrieval cache, per layer and kv head; 0: no such level."""
     chunk_size: int = 8
+    keeps_mean_keys: bool = False
+    """Of each chunk; else one number."""
+    ahead_tokens: int = 0
+    """Budget of the retrieval cache where its chunks may be chosen ahead and copied as blocks pass; 0: they may not."""
     summary_tokens: int = 0
     """Of one group of tokens that are not chosen; 0: they are left out."""
     drafter_shape: CacheShape | None = None
@@ -38,6 +42,8 @@ class PlanInput:
     device_free_bytes: int
     host_free_bytes: int
     disk_free_bytes: int = 0
+    checks_host: bool = False
+    """Blocks on the host have checksums, and reach a device through buffers, as those on disk do."""
     device_is_host: bool
     """No GPU: both tiers share one memory."""
 
@@ -56,6 +62,8 @@ class MemoryPlan:
     device_bytes: dict[str, int] = field(default_factory=dict)
     host_bytes: dict[str, int] = field(default_factory=dict)
     disk_bytes: dict[str, int] = field(default_factory=dict)
+    chooses_ahead: bool = False
+    """Chunks of layers in blocks are chosen an update ahead and copied as the blocks pass."""
     hidden_tier: str = "device"
     """Where a prompt's hidden states wait between layers: device or host."""
     reason: str = ""
@@ -77,7 +85,7 @@ def block_tokens_for(shape: CacheShape, cache: CacheConfig) -> int:
 
 def make_plan(inputs: PlanInput, cache: CacheConfig) -> MemoryPlan:
     """Places the layers of the full cache: as many as fit on the device, then on the host. Raises ConfigError."""
-    plans = [_plan_with(inputs, cache, *layers) for layers in _choices(inputs, cache)]
+    plans = _plans(inputs, cache)
     plan = next((plan for plan in plans if _fits(plan, inputs)), None)
     if plan is None:
         raise ConfigError(_refusal(plans, inputs, cache))
@@ -90,6 +98,13 @@ def make_plan(inputs: PlanInput, cache: CacheConfig) -> MemoryPlan:
     if plan.num_device_layers < num_layers:
         plan.reason += f", in blocks of {plan.block_tokens} tokens"
     return plan
+
+
+def _plans(inputs: PlanInput, cache: CacheConfig) -> list[MemoryPlan]:
+    """The best first: those that fetch chunks for every rebuild come after all that have room to collect them."""
+    choices = _choices(inputs, cache)
+    rooms = [inputs, replace(inputs, ahead_tokens=0)] if inputs.ahead_tokens else [inputs]
+    return [_plan_with(room, cache, *layers) for room in rooms for layers in choices]
 
 
 def _choices(inputs: PlanInput, cache: CacheConfig) -> list[tuple[int, int]]:
@@ -142,6 +157,7 @@ def _plan_with(inputs: PlanInput, cache: CacheConfig, num_device_layers: int, nu
         num_host_layers=num_host_layers,
         num_disk_layers=num_disk_layers,
         stream_buffers=cache.full.stream_buffers,
+        chooses_ahead=num_block_layers > 0 and inputs.ahead_tokens > 0,
     )
     capacity = inputs.max_tokens + inputs.slack_tokens
     plan.device_bytes = {
@@ -163,19 +179,25 @@ def _plan_with(inputs: PlanInput, cache: CacheConfig, num_device_layers: int, nu
         prefill_bytes = padded(inputs.max_tokens) * per_layer
         if not inputs.device_is_host:
             plan.hidden_tier, plan.host_bytes["hidden states"] = "host", hidden_bytes
-            plan.host_bytes["disk buffers"] = buffer_bytes if num_disk_layers else 0
+            plan.host_bytes["staging buffers"] = buffer_bytes if num_disk_layers or inputs.checks_host else 0
     if plan.hidden_tier == "device":
         prefill_bytes += hidden_bytes
     if inputs.retrieval_slots:
         slots = padded(inputs.retrieval_slots)
         positions = shape.num_layers * shape.num_kv_heads * slots * 8
         plan.device_bytes["retrieval cache"] = slots * shape.bytes_per_token + positions
-        plan.device_bytes["chunk means"] = capacity // inputs.chunk_size * shape.bytes_per_token // 2
+        heads, num_chunks = shape.num_layers * shape.num_kv_heads, -(-capacity // inputs.chunk_size)
+        if inputs.keeps_mean_keys:
+            plan.device_bytes["chunk scores"] = num_chunks * shape.bytes_per_token // 2
+        else:
+            plan.device_bytes["chunk scores"] = num_chunks * heads * 4
+        if num_ahead := num_block_layers * inputs.ahead_tokens:
+            plan.device_bytes["chunks ahead"] = num_ahead * per_layer
+            plan.device_bytes["places of chunks ahead"] = num_ahead * shape.num_kv_heads * 3 * 8
         if inputs.summary_tokens:
-            heads, groups = shape.num_layers * shape.num_kv_heads, inputs.max_tokens // inputs.summary_tokens
+            groups = capacity // inputs.summary_tokens
             plan.device_bytes["retrieval cache"] += padded(groups) * (shape.bytes_per_token + heads * 4)
-            num_sums = -(-capacity // inputs.summary_tokens) * heads * 2 * shape.head_dim
-            plan.device_bytes["sums of groups"] = num_sums * 4
+            plan.device_bytes["means of groups"] = groups * shape.bytes_per_token + heads * 2 * shape.head_dim * 4
         # What a rebuild brings of one layer, and as much to put it together.
         update_bytes = 2 * plan.device_bytes["retrieval cache"] // shape.num_layers
     # A layer of the prompt and its hidden states are there in prefill alone, an update in decoding alone.
@@ -214,6 +236,7 @@ def _refusal(plans: list[MemoryPlan], inputs: PlanInput, cache: CacheConfig) -> 
         else "Use a smaller model, or set model.dtype=bfloat16"
     )
     move = "" if cache.full.tier == FullCacheTier.auto else ", or cache.full.tier=auto"
+    move += ", or a smaller cache.retrieval.budget" if inputs.retrieval_slots else ""
     move += "".join(
         f", or cache.full.{key}=auto" for key in ("device_layers", "host_layers") if getattr(cache.full, key) != "auto"
     )
@@ -226,7 +249,7 @@ def _largest_context(inputs: PlanInput, cache: CacheConfig) -> int:
     while low < high:
         middle = (low + high + 1) // 2
         smaller = replace(inputs, max_tokens=middle)
-        if any(_fits(_plan_with(smaller, cache, *layers), smaller) for layers in _choices(smaller, cache)):
+        if any(_fits(plan, smaller) for plan in _plans(smaller, cache)):
             low = middle
         else:
             high = middle - 1

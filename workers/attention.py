@@ -10,6 +10,7 @@ as the flash kernel in bf16 and as fast in fp32; beyond, the flash kernel wins a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -29,14 +30,17 @@ SCORES_MAX_BYTES = 64 << 20
 class ForwardPass:
     """What one forward pass works on; `observe(layer, q, k, v)` sees each layer's queries, keys and values.
 
-    Queries [H, G, T, D]; keys and values [H, T, D].
+    Queries [H, G, T, D]; keys and values [H, T, D]. `observe_mass(layer, mass)` sees how much of the queries' attention
+    each chunk of `chunk_size` tokens got: [H, chunks], adding up to 1 for each kv head.
 
     With `keys_only` attention is not computed: KeysKnown ends the pass when the cache has the keys and values.
     """
 
     cache: KVCache
     first_position: int
-    observe: object = None
+    observe: Callable | None = None
+    observe_mass: Callable | None = None
+    chunk_size: int = 0
     keys_only: bool = False
 
 
@@ -80,6 +84,7 @@ def cached_attention(
         forward_pass.observe(module.layer_idx, q, k, v)
     if forward_pass.keys_only:
         raise KeysKnown
+    mass = None if forward_pass.observe_mass is None else ChunkMass(forward_pass.chunk_size)
     out = attend(
         q,
         forward_pass.cache.segments(module.layer_idx),
@@ -88,23 +93,26 @@ def cached_attention(
         window=sliding_window,
         softcap=softcap,
         sink_logits=None if s_aux is None else s_aux.view(k.shape[0], -1),
+        mass=mass,
     )
+    if mass is not None:
+        forward_pass.observe_mass(module.layer_idx, mass.total())
     return out.permute(2, 0, 1, 3).flatten(1, 2)[None], None
 
 
 AttentionInterface.register(ATTENTION_NAME, cached_attention)
 
 
-def attend(q, segments, *, first_position, scale, window=None, softcap=None, sink_logits=None):
+def attend(q, segments, *, first_position, scale, window=None, softcap=None, sink_logits=None, mass=None):
     """Attention of queries q [H, G, T, D], at positions from `first_position` on, over all segments: [H, G, T, D].
 
     Exact: equal to softmax over all visible keys up to rounding. Position i sees keys at positions <= i and, with a
-    sliding `window`, > i - window.
+    sliding `window`, > i - window. `mass`, a ChunkMass, learns where the attention went.
     """
     heads, groups, num_new, dim = q.shape
     merged = _Merged()
     num_rows = groups * num_new
-    use_flash = num_rows > MATMUL_MAX_ROWS and softcap is None
+    use_flash = num_rows > MATMUL_MAX_ROWS and softcap is None and mass is None
     for segment in segments:
         if segment.bias is not None:
             merged.add(*_by_matmul(q.flatten(1, 2), segment.k, segment.v, scale, None, softcap, segment.bias))
@@ -118,7 +126,13 @@ def attend(q, segments, *, first_position, scale, window=None, softcap=None, sin
             else:
                 hidden = _hidden(part, num_new, first_position, window, sees)
                 rows = None if hidden is None else hidden.repeat(1, groups, 1)
-                merged.add(*_by_matmul(q.flatten(1, 2), part.k, part.v, scale, rows, softcap))
+                chunks = None if mass is None else mass.chunks_of(part)
+                out, lse, *shares = _by_matmul(q.flatten(1, 2), part.k, part.v, scale, rows, softcap, chunks=chunks)
+                merged.add(out, lse)
+                if mass is not None:
+                    mass.add(chunks, *shares, lse)
+    if mass is not None:
+        mass.finish(merged.lse)
     return merged.result(sink_logits, groups, num_new).to(q.dtype).view(heads, groups, num_new, dim)
 
 
@@ -170,10 +184,11 @@ def _tail_mask(num_new: int, width: int, num_pad: int, device: torch.device) -> 
     return (slots > last_seen[:, None])[None]
 
 
-def _by_matmul(q_HRD, k, v, scale, mask, softcap, bias=None):
+def _by_matmul(q_HRD, k, v, scale, mask, softcap, bias=None, chunks=None):
     """(out [H, R, D], log-sum-exp [H, R, 1]) in fp32 (fp64 for fp64); rows in slices that bound the scores' memory.
 
-    `mask` [1 or H, R, n] hides some of the last n keys; `bias` [H, N] is added to each row's scores.
+    `mask` [1 or H, R, n] hides some of the last n keys; `bias` [H, N] is added to each row's scores. With `chunks`
+    there is a third: what share of these keys' attention each of the chunks got, [H, R, chunks].
     """
     row_bytes = k.shape[0] * k.shape[1] * 4
     rows_at_once = max(1, SCORES_MAX_BYTES // row_bytes)
@@ -187,6 +202,7 @@ def _by_matmul(q_HRD, k, v, scale, mask, softcap, bias=None):
                 None if mask is None else mask[:, at : at + rows_at_once],
                 softcap,
                 bias,
+                chunks,
             )
             for at in range(0, q_HRD.shape[1], rows_at_once)
         ]
@@ -207,8 +223,10 @@ def _by_matmul(q_HRD, k, v, scale, mask, softcap, bias=None):
     best = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
     weights = scores.sub_(best).exp_()
     total = weights.sum(-1, keepdim=True)
-    out = torch.bmm(weights.to(v.dtype), v).to(weights.dtype) / total.clamp_min(torch.finfo(weights.dtype).tiny)
-    return out, best + total.log()
+    share_of = total.clamp_min(torch.finfo(weights.dtype).tiny)
+    out = torch.bmm(weights.to(v.dtype), v).to(weights.dtype) / share_of
+    lse = best + total.log()
+    return (out, lse) if chunks is None else (out, lse, chunks.sums(weights).div_(share_of))
 
 
 def _by_flash(q, k, v, scale, is_causal):
@@ -238,19 +256,63 @@ class _Merged:
     """Partial attentions so far: out [H, R, D] and log-sum-exp [H, R, 1]."""
 
     def __init__(self):
-        self._out = self._lse = None
+        self._out = self.lse = None
 
     def add(self, out, lse):
         if self._out is None:
-            self._out, self._lse = out, lse
+            self._out, self.lse = out, lse
             return
-        both = torch.logaddexp(self._lse, lse)
+        both = torch.logaddexp(self.lse, lse)
         shift = both.clamp_min(torch.finfo(both.dtype).min)  # rows that saw nothing yet
-        self._out = self._out * (self._lse - shift).exp() + out * (lse - shift).exp()
-        self._lse = both
+        self._out = self._out * (self.lse - shift).exp() + out * (lse - shift).exp()
+        self.lse = both
 
     def result(self, sink_logits, groups, num_new):
         if sink_logits is None:
             return self._out
-        sinks = sink_logits.to(self._lse.dtype).repeat_interleave(num_new, dim=1)[..., None]
-        return self._out * (self._lse - torch.logaddexp(self._lse, sinks)).exp()
+        sinks = sink_logits.to(self.lse.dtype).repeat_interleave(num_new, dim=1)[..., None]
+        return self._out * (self.lse - torch.logaddexp(self.lse, sinks)).exp()
+
+
+@dataclass(slots=True)
+class _Chunks:
+    """The chunks that some consecutive keys belong to, the first `skipped` keys of whose first are not among them."""
+
+    first: int
+    skipped: int
+    size: int
+
+    def sums(self, weights: torch.Tensor) -> torch.Tensor:
+        """Of the weights [H, R, N] of each chunk's keys: [H, R, chunks]."""
+        behind = -(self.skipped + weights.shape[-1]) % self.size
+        if self.skipped or behind:
+            weights = torch.nn.functional.pad(weights, (self.skipped, behind))
+        return weights.unflatten(-1, (-1, self.size)) @ weights.new_ones(self.size)  # twice as fast as a sum
+
+
+class ChunkMass:
+    """Where a layer's attention goes: to each chunk of `size` consecutive tokens, from the partial softmaxes."""
+
+    def __init__(self, size: int):
+        self._size = size
+        self._parts: list[tuple[_Chunks, torch.Tensor, torch.Tensor]] = []
+
+    def chunks_of(self, part: Segment) -> _Chunks:
+        return _Chunks(part.start // self._size, part.start % self._size, self._size)
+
+    def add(self, chunks: _Chunks, shares: torch.Tensor, lse: torch.Tensor) -> None:
+        """The shares [H, R, chunks] of the attention to some keys, with their log-sum-exp [H, R, 1]."""
+        self._parts.append((chunks, shares, lse))
+
+    def finish(self, lse: torch.Tensor) -> None:
+        """The log-sum-exp [H, R, 1] over all keys is known."""
+        end = max(chunks.first + shares.shape[-1] for chunks, shares, _ in self._parts)
+        self._total = torch.zeros(lse.shape[0], end, dtype=lse.dtype, device=lse.device)
+        for chunks, shares, part_lse in self._parts:
+            of_all = (part_lse - lse).exp_().transpose(1, 2) / lse.shape[1]
+            self._total[:, chunks.first : chunks.first + shares.shape[-1]] += torch.bmm(of_all, shares)[:, 0]
+        self._parts.clear()
+
+    def total(self) -> torch.Tensor:
+        """Of the attention of all queries, what each chunk got: [H, chunks], adding up to 1 for each kv head."""
+        return self._total

@@ -6,6 +6,7 @@ from functools import cached_property, partial
 
 import torch
 
+from tiers.attention_mass import AttentionMass
 from tiers.base import Tier
 from tiers.full_cache import FullCache
 from tiers.retrieval_cache import RetrievalCache, RetrievalUpdate
@@ -37,12 +38,12 @@ class CausalModel:
             self._rotary_table.read_prompt(num_prompt_tokens)
 
     @torch.inference_mode()
-    def forward(self, tokens: list[int], cache, num_logits: int, observe=None) -> torch.Tensor:
-        """Reads `tokens` after those in `cache`; logits [num_logits, V] after the last ones."""
+    def forward(self, tokens: list[int], cache, num_logits: int, **observers) -> torch.Tensor:
+        """Reads `tokens` after those in `cache`; logits [num_logits, V] after the last ones. See ForwardPass."""
         first = cache.length
         input_ids = torch.tensor([tokens], device=self.device)
         position_ids = torch.arange(first, first + len(tokens), device=self.device)[None]
-        with active(ForwardPass(cache, first, observe), len(tokens)):
+        with active(ForwardPass(cache, first, **observers), len(tokens)):
             output = self.hf_model(
                 input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=num_logits
             )
@@ -66,6 +67,11 @@ class TargetModel:
     ):
         self._model, self._cache, self.vocab_size = model, cache, model.vocab_size
         self._piece_tokens, self._hidden_tier, self._selection = piece_tokens, hidden_tier, selection
+        self._observers = {}
+        if selection is not None:
+            self._observers["observe"] = self._keep_queries
+            if isinstance(selection.rule, AttentionMass):
+                self._observers |= {"observe_mass": selection.rule.add, "chunk_size": selection.rule.chunk_size}
         self.queries: dict[int, torch.Tensor] = {}
         """Of the last `append`, per layer [H, G, T, D], from position `queries_start` on."""
         self.queries_start = 0
@@ -78,6 +84,8 @@ class TargetModel:
     def prefill(self, tokens: list[int]) -> None:
         """Empties the cache and reads the prompt but for its last token, which comes with the first verification."""
         self._model.start_sequence(len(tokens) + 1)
+        if self._selection is not None:
+            self._selection.reset()
         self.reread(tokens)
 
     def reread(self, tokens: list[int]) -> None:
@@ -86,7 +94,7 @@ class TargetModel:
         In pieces, which bounds the memory of activations; each position keeps the rotation it had.
         """
         if self._selection is not None:
-            self._selection.reset()
+            self._selection.begin_reading()
         waiting: list[torch.Tensor] = []
         try:
             with self._cache.prefill(len(tokens)) as make_layer_cache:
@@ -108,7 +116,7 @@ class TargetModel:
 
     def append(self, tokens: list[int], num_logits: int) -> torch.Tensor:
         self.queries_start = self._cache.length
-        return self._model.forward(tokens, self._cache, num_logits, self._keep_queries)
+        return self._model.forward(tokens, self._cache, num_logits, **self._observers)
 
     def truncate(self, length: int) -> None:
         self._cache.truncate(length)
@@ -118,10 +126,9 @@ class TargetModel:
 
     def retrieval_update(self, *, rebuild: bool) -> RetrievalUpdate:
         """What the retrieval cache needs to follow, or, for a rebuild, to start anew; call it after a roll back."""
-        if not rebuild:
-            return self._selection.follow()
         num_final = self._cache.length - self.queries_start
-        return self._selection.rebuild({layer: q[:, :, :num_final] for layer, q in self.queries.items()})
+        queries = {layer: q[:, :, :num_final] for layer, q in self.queries.items()}
+        return self._selection.rebuild(queries) if rebuild else self._selection.follow(queries)
 
 
 class RetrievalModel:

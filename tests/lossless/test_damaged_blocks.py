@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
+import torch
 
 from conf.schema import Coupling, Mode, SamplingConfig
 from orchestrator.hierarchy import MAX_REREADS
 from tests.tiny_models import random_prompt, save_checkpoint, tiny_config
-from tests.tiny_runs import DEVICE, DISK, GREEDY, engine_for, generate, run_to_end, tiny_run
+from tests.tiny_runs import DEVICE, DISK, GREEDY, HOST, engine_for, generate, run_to_end, tiny_run
 from tiers.disk_tier import DiskBlocks
 from tiers.errors import DamagedBlockError
+from tiers.transfer import CpuBlockStreamer
 
 PROMPT, NUM_TOKENS = random_prompt(200), 40
 SAMPLINGS = {
@@ -57,6 +60,52 @@ def test_tokens_are_those_of_an_undamaged_run(folders, monkeypatch, mode, sampli
         assert engine.hierarchy.num_rereads == 1
         assert engine.streaming_report()["damaged_blocks"] == 1
         assert sum("reread" in record.seconds for record in rounds) == 1
+
+
+@pytest.mark.parametrize("mode", [Mode.autoregressive, Mode.triforce])
+def test_a_bit_that_flips_in_host_memory_is_found_by_the_next_pass(folders, mode):
+    """With checksums on; and the tokens are those of an undamaged run."""
+    wanted = generate(tiny_run(*folders, mode, DEVICE), PROMPT, NUM_TOKENS).tokens
+    config = tiny_run(*folders, mode, HOST)
+    config.tiers.host.checksums = True
+    with engine_for(config, PROMPT, NUM_TOKENS) as engine:
+        hierarchy = engine.hierarchy
+        hierarchy.start()
+        hierarchy.round()
+        memory = hierarchy.verifier.model._cache._layers[1]._store._memory
+        memory[3].view(-1).view(torch.uint8)[77] ^= 4
+        hierarchy.round()
+        assert hierarchy.num_rereads == engine.streaming_report()["damaged_blocks"] == 1
+        while not hierarchy.session.is_finished:
+            hierarchy.round()
+        assert hierarchy.num_rereads == 1
+        assert hierarchy.session.generated == wanted
+
+
+def test_negative_control_without_checksums_a_flipped_bit_goes_unnoticed(folders):
+    with engine_for(tiny_run(*folders, Mode.autoregressive, HOST), PROMPT, NUM_TOKENS) as engine:
+        hierarchy = engine.hierarchy
+        hierarchy.start()
+        memory = hierarchy.verifier.model._cache._layers[0]._store._memory
+        memory[3].view(-1).view(torch.uint8)[79] ^= 64
+        hierarchy.round()
+        assert hierarchy.num_rereads == 0
+
+
+@pytest.mark.parametrize("mode", [Mode.autoregressive, Mode.triforce])
+@pytest.mark.parametrize("tier", [HOST, DISK])
+def test_copies_that_come_late_change_no_token(folders, monkeypatch, mode, tier):
+    wanted = generate(tiny_run(*folders, mode, DEVICE), PROMPT, 12).tokens
+    counter, copy = itertools.count(), CpuBlockStreamer._copy
+
+    def late(streamer, block, buffer):
+        if next(counter) % 50 == 7:
+            time.sleep(0.05)
+        return copy(streamer, block, buffer)
+
+    monkeypatch.setattr(CpuBlockStreamer, "_copy", late)
+    assert generate(tiny_run(*folders, mode, tier), PROMPT, 12).tokens == wanted
+    assert next(counter) > 100
 
 
 def test_positions_keep_their_rotation_where_it_depends_on_the_length_of_the_prompt(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ THIRD_PARTY_FENCES = {
     "tokenizers": ("launch/train_demo.py", "launch/demo_corpus.py"),
     "safetensors": ("workers/pretrained.py",),
     "psutil": ("tiers/memory.py",),
-    "xxhash": ("tiers/disk_tier.py",),
+    "xxhash": ("tiers/checksum.py",),
 }
 """Library: the files and folders that may import it."""
 

@@ -34,7 +34,7 @@ def run(tmp_path, monkeypatch, **changes) -> dict[tuple[str, int], dict]:
     monkeypatch.chdir(ROOT)
     measure.main.__wrapped__(cfg)
     rows = [OmegaConf.create(line) for line in (tmp_path / "out/rows.jsonl").read_text().splitlines()]
-    assert len(rows) == len(measure.KINDS) * len(cfg.budgets)
+    assert len(rows) == (len(measure.KINDS) + len(cfg.compare)) * len(cfg.budgets)
     assert (tmp_path / "out/table.md").read_text().count("\n") == 3
     return {(row.kind, row.budget): row for row in rows}
 
@@ -47,3 +47,17 @@ def test_a_budget_above_the_context_is_accepted_always_and_a_small_one_not(tmp_p
         assert rows[kind, 64].maximal < 0.999
     for row in rows.values():
         assert row.gumbel <= row.maximal + 1e-6  # sums of fp32
+
+
+def test_rules_are_compared_and_the_oracle_is_best(tmp_path, monkeypatch):
+    rows = run(
+        tmp_path,
+        monkeypatch,
+        contexts=[1500],
+        budgets=[128],
+        new_tokens=24,
+        compare=["mean_key", "page_bound", "oracle"],
+    )
+    best = rows[measure.ORACLE, 128].maximal
+    for name in (measure.RETRIEVAL, "mean_key", "page_bound"):
+        assert 0.2 < rows[name, 128].maximal < best + 0.02

@@ -90,7 +90,7 @@ def test_choice_is_that_of_plain_loops(num_tokens, chunk_size, num_groups, num_q
     oldest = round(shares[2] * num_tokens)
     k, _ = random_kv(num_tokens, seed)
     q = random_queries(num_groups, num_queries, seed)
-    ids = index_of(k, chunk_size).select(0, q, num_wanted, num_newest, oldest)
+    ids = index_of(k, chunk_size).select(0, q, num_chunks, num_wanted, num_newest, oldest)
     assert ids.shape == (HEADS, num_wanted)
     for head, scores in enumerate(naive_scores(k, q, chunk_size)):
         wanted, margin = naive_choice(scores, num_wanted, num_newest, oldest, chunk_size)
@@ -108,7 +108,9 @@ def test_first_chunk_and_newest_are_always_in_and_no_chunk_twice(num_chunks, sha
     num_wanted = 1 + round(shares[0] * (num_chunks - 1))
     num_newest = 1 + round(shares[1] * (num_wanted - 1))
     k, _ = random_kv(num_chunks * 3, seed)
-    ids = index_of(k, 3).select(0, random_queries(2, 1, seed), num_wanted, num_newest, round(shares[2] * k.shape[1]))
+    ids = index_of(k, 3).select(
+        0, random_queries(2, 1, seed), num_chunks, num_wanted, num_newest, round(shares[2] * k.shape[1])
+    )
     for chosen in ids.tolist():
         assert chosen == sorted(set(chosen))
         assert set(range(num_chunks - num_newest, num_chunks)) <= set(chosen)
@@ -121,7 +123,7 @@ def test_each_head_of_a_group_has_a_say():
     k[:, 30:40, 1] = 9.0  # chunk 3, by the second
     q = torch.zeros(HEADS, 2, 1, DIM)
     q[:, 0, 0, 0] = q[:, 1, 0, 1] = 9.0
-    assert index_of(k, 10).select(0, q, 4, 1).tolist() == [[0, 1, 3, 4]] * HEADS
+    assert index_of(k, 10).select(0, q, 5, 4, 1).tolist() == [[0, 1, 3, 4]] * HEADS
 
 
 def test_heads_choose_for_themselves():
@@ -129,7 +131,7 @@ def test_heads_choose_for_themselves():
     k[0, 10:20, 0] = k[1, 20:30, 0] = 9.0
     q = torch.zeros(HEADS, 1, 1, DIM)
     q[..., 0] = 9.0
-    assert index_of(k, 10).select(0, q, 3, 1).tolist() == [[0, 1, 4], [0, 2, 4]]
+    assert index_of(k, 10).select(0, q, 5, 3, 1).tolist() == [[0, 1, 4], [0, 2, 4]]
 
 
 def test_chunks_before_the_sliding_window_come_last():
@@ -138,16 +140,16 @@ def test_chunks_before_the_sliding_window_come_last():
     q = torch.zeros(HEADS, 1, 1, DIM)
     q[..., 0] = 9.0
     index = index_of(k, 10)
-    assert index.select(0, q, 3, 1)[0].tolist()[1] == 1
-    assert 1 not in index.select(0, q, 3, 1, oldest=20)[0].tolist()
-    assert 1 in index.select(0, q, 3, 1, oldest=19)[0].tolist(), "its last token is still within the window"
-    assert index.select(0, q, 6, 1, oldest=60)[0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert index.select(0, q, 6, 3, 1)[0].tolist()[1] == 1
+    assert 1 not in index.select(0, q, 6, 3, 1, oldest=20)[0].tolist()
+    assert 1 in index.select(0, q, 6, 3, 1, oldest=19)[0].tolist(), "its last token is still within the window"
+    assert index.select(0, q, 6, 6, 1, oldest=60)[0].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_more_chunks_than_there_are_are_refused():
     k, _ = random_kv(30, 1)
     with pytest.raises(AssertionError, match="<= 4 <= 3 chunks"):
-        index_of(k, 10).select(0, random_queries(1, 1, 1), 4, 1)
+        index_of(k, 10).select(0, random_queries(1, 1, 1), 3, 4, 1)
 
 
 def mean_keys(index: ChunkIndex, layer: int) -> torch.Tensor:
@@ -278,7 +280,7 @@ def test_follow_brings_every_token_once_and_none_that_was_rolled_back():
             forward(cache, reference.append(6, seed))
             reference.truncate(start + num_kept)
             cache.truncate(start + num_kept)
-            update = selection.follow()
+            update = selection.follow({})
             assert (update.is_rebuild, update.start, update.length) == (False, start, start + num_kept)
             for layer, new in enumerate(update.layers):
                 assert_same_tokens((new.k, new.v), reference.read(layer, start, start + num_kept))
@@ -294,7 +296,7 @@ def test_reset_selection_follows_a_new_sequence_from_its_first_token():
         selection.reset()
         reference = Reference(2)
         forward(cache, reference.append(30, 9))
-        assert selection.follow().start == 0
+        assert selection.follow({}).start == 0
         cache_of_new, _, new = selection_over("hd", 30, budget=16, chunk_size=8)
         cache_of_new.reset()
         again = Reference(2)

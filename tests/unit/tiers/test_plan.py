@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import tempfile
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ from conf.schema import (
 )
 from launch.engine import build, prepare
 from tests.tiny_models import random_prompt, save_checkpoint, tiny_config
+from tiers import memory, pinned_host_tier
 from tiers.base import CacheShape
 from tiers.plan import RESERVE_SHARE, MemoryPlan, PlanInput, block_tokens_for, make_plan
 
@@ -348,7 +351,7 @@ CONFIGURATIONS = {
     "sliding windows": {"target": "gemma2", "drafter": "gemma2", "device_layers": "1", "block_tokens": "16"},
     "tied weights": {"target": "qwen2", "drafter": "qwen2", "tier": FullCacheTier.host, "block_tokens": "16"},
 }
-NOT_FROM_TIERS = ("target weights", "drafter weights", "activations", "workspace")
+NOT_FROM_TIERS = ("target weights", "drafter weights", "activations", "workspace", "places of chunks ahead")
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
@@ -356,7 +359,7 @@ def test_planned_bytes_are_those_that_the_engine_takes(folders, name):
     config = run_config(folders, **CONFIGURATIONS[name])
     prepared = prepare(config)
     with closing(build(config, prepared, random_prompt(600), max_new_tokens=150, seed=0)) as engine:
-        used = {tier.name: tier.used_bytes for tier in engine._tiers}
+        used = {tier.name: tier.used_bytes for tier in (engine._device_tier, engine._host_tier)}
         tier = config.cache.full.tier
         wants_host = tier in (FullCacheTier.host, FullCacheTier.disk) or config.cache.full.device_layers != "auto"
         assert (engine.plan.num_device_layers < prepared.target.cache_shape.num_layers) == wants_host
@@ -368,7 +371,7 @@ def test_planned_bytes_are_those_that_the_engine_takes(folders, name):
         report = engine.memory_report()
         for name_of_tier in ("device", "host", "disk"):
             assert report[name_of_tier]["planned_bytes"] == engine.plan.totals[name_of_tier]
-        passing = planned["activations"] + planned["workspace"]
+        passing = sum(planned.get(what, 0) for what in ("activations", "workspace", "places of chunks ahead"))
         assert report["device"]["peak_bytes"] == report["device"]["planned_bytes"] - passing
         assert report["host"]["peak_bytes"] == report["host"]["planned_bytes"]
         assert report["disk"]["peak_bytes"] == report["disk"]["planned_bytes"]
@@ -381,3 +384,50 @@ def test_a_plan_that_does_not_fit_is_refused_before_any_weight_is_read(folders, 
     monkeypatch.setattr("launch.engine.load_model", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(ConfigError, match=r"a context of 750 tokens needs 0\.\d+ GiB"):
         build(config, prepare(config), random_prompt(600), max_new_tokens=150, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("tier", "words"),
+    [
+        (FullCacheTier.host, ["host tier", "GiB", "too much is locked", "ulimit -l"]),
+        (FullCacheTier.disk, ["disk tier", "GiB", "No space left"]),
+    ],
+)
+def test_memory_that_is_not_there_after_all_is_a_configuration_error(folders, monkeypatch, tier, words):
+    """A limit that no plan can see: of page-locked memory, or a quota of the disk."""
+
+    def no_memory(*args, **kwargs):
+        raise MemoryError("too much is locked")
+
+    def no_disk(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = run_config(folders, tier=tier, block_tokens="16")
+    prepared = prepare(config)
+    monkeypatch.setattr(pinned_host_tier, "torch", SimpleNamespace(empty=no_memory))
+    monkeypatch.setattr("os.posix_fallocate", no_disk)
+    with pytest.raises(ConfigError) as caught:
+        build(config, prepared, random_prompt(600), max_new_tokens=150, seed=0)
+    assert all(word in str(caught.value) for word in [*words, "prompt.max_tokens"])
+
+
+@pytest.mark.parametrize("limit", [5 << 30, None])
+def test_the_limit_of_a_cgroup_below_free_memory_is_honoured(monkeypatch, tmp_path, limit):
+    (tmp_path / "memory.max").write_text(f"{limit}\n" if limit else "max\n")
+    (tmp_path / "memory.current").write_text(f"{3 << 30}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {1 << 30}\n")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=100 << 30))
+    assert memory.host_free_bytes() == (3 << 30 if limit else 100 << 30), "limit - usage + what the system can drop"
+
+
+def test_where_there_is_no_room_to_collect_chunks_they_are_fetched():
+    """Rather than refused, or put on a slower tier."""
+    inputs = replace(INPUTS, retrieval_slots=600, ahead_tokens=512)
+    cache = CacheConfig(full=FullCacheConfig(tier=FullCacheTier.host))
+    plan = make_plan(inputs, cache)
+    assert plan.chooses_ahead and plan.device_bytes["chunks ahead"] > 0
+    need = plan.totals["device"] - plan.device_bytes["chunks ahead"] // 2
+    tight = make_plan(replace(inputs, device_free_bytes=int(need / (1 - RESERVE_SHARE)) + 1), cache)
+    assert not tight.chooses_ahead and "chunks ahead" not in tight.device_bytes
+    assert tight.totals["host"] == plan.totals["host"]
