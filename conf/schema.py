@@ -93,11 +93,16 @@ class ModelConfig:
     """Local folder or hub id of the drafter, or `lookup` (n-gram lookup in the context), or `none`."""
     dtype: Dtype = Dtype.auto
     """Of weights, activations and caches of both models."""
+    max_positions: int | None = None
+    """Positions of the target, if it is to have more than it was trained on: YaRN (arXiv 2309.00071) stretches its
+    rotary embedding, as Qwen's model cards advise; null: as its configuration says."""
     self_check: bool = True
     """Compare our attention with transformers' own on a few tokens after loading; refuse the model on a mismatch."""
 
     def __post_init__(self) -> None:
         require(bool(self.target), "model.target", self.target, "a local folder or a hub id")
+        legal = self.max_positions is None or self.max_positions >= 1
+        require(legal, "model.max_positions", self.max_positions, ">= 1, for example 131072, or null")
         require(bool(self.drafter), "model.drafter", self.drafter, "a local folder, a hub id, lookup or none")
 
 

@@ -81,7 +81,7 @@ def prepare(config: RunConfig) -> Prepared:
         )
     num_threads = _set_threads(config.placement.threads)
     dtype = _choose_dtype(config.model.dtype, device)
-    target = describe("model.target", config.model.target, dtype)
+    target = describe("model.target", config.model.target, dtype, config.model.max_positions)
     drafter = None
     if config.uses_drafter and config.model.drafter != LOOKUP_DRAFTER:
         drafter = describe("model.drafter", config.model.drafter, dtype)

@@ -50,12 +50,17 @@ class ModelFacts:
     num_weight_bytes: int
 
 
-def describe(key: str, name: str, dtype: torch.dtype) -> ModelFacts:
-    """Reads configuration and tokenizer of `name`, which `key` asked for. Raises ConfigError."""
+def describe(key: str, name: str, dtype: torch.dtype, max_positions: int | None = None) -> ModelFacts:
+    """Reads configuration and tokenizer of `name`, which `key` asked for, to be stretched to `max_positions`.
+
+    Raises ConfigError.
+    """
     source = model_source(key, name)
     config = _load(key, name, AutoConfig, source)
     text_config = config.get_text_config()
     _refuse_unsupported(key, name, text_config)
+    if max_positions is not None:
+        _stretch(text_config, max_positions)
     if Path(source).is_dir():
         _check_weight_files(key, Path(source))
     tokenizer = _load(key, name, AutoTokenizer, source)
@@ -142,6 +147,26 @@ def _max_positions(config) -> int:
     if kind == "yarn" and rope.get("original_max_position_embeddings"):
         return max(positions, int(rope["original_max_position_embeddings"] * factor))
     return positions
+
+
+def _stretch(config, max_positions: int) -> None:
+    """Gives the model so many positions by YaRN (arXiv 2309.00071). Raises ConfigError."""
+    trained = _max_positions(config)
+    if max_positions <= trained:
+        rule = f"above the {trained} positions that the model has, or null"
+        raise ConfigError(f"model.max_positions is {max_positions}; it must be {rule}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "default":
+        raise ConfigError(
+            f"model.max_positions is {max_positions}; it must be null for this model: only a plain rotary embedding "
+            f"can be stretched, and its rope_parameters are {rope}"
+        )
+    config.rope_parameters = rope | {
+        "rope_type": "yarn",
+        "factor": max_positions / trained,
+        "original_max_position_embeddings": trained,
+    }
+    config.max_position_embeddings = max_positions
 
 
 def _eos_ids(source: str, config) -> frozenset[int]:

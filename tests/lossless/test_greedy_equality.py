@@ -200,6 +200,19 @@ def test_every_kind_of_rope_gives_the_tokens_of_transformers(checkpoints, name, 
         assert generate(config, prompt, NUM_TOKENS).tokens == wanted
 
 
+def test_a_model_stretched_to_more_positions_is_that_of_transformers_stretched_alike(checkpoints):
+    plain = checkpoints("llama", max_position_embeddings=64)
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    stretched = checkpoints("llama", max_position_embeddings=256, rope_parameters=yarn)
+    prompt = random_prompt(NUM_PROMPT_TOKENS)
+    wanted = greedy_tokens(stretched, prompt, NUM_TOKENS)
+    assert wanted != greedy_tokens(plain, prompt, NUM_TOKENS)
+    for mode in (autoregressive, triforce):
+        config = tiny_run(plain, checkpoints("llama", seed=1), mode, HOST)
+        config.model.max_positions = 256
+        assert generate(config, prompt, NUM_TOKENS).tokens == wanted
+
+
 def test_layers_may_rotate_differently(checkpoints):
     """As Gemma 3 from 4B on does: its layers with full attention have scaled positions, the others have not."""
     for scaled in ("linear", "dynamic"):

@@ -274,3 +274,17 @@ def test_the_self_check_refuses_a_model_that_fails_in_our_attention(checkpoints,
     finally:
         AttentionInterface.register(ATTENTION_NAME, cached_attention)
     assert "not for this model" in message
+
+
+@pytest.mark.parametrize(
+    ("rope", "max_positions", "words"),
+    [
+        ({"rope_type": "default", "rope_theta": 1e4}, 64, ["model.max_positions is 64", "above the 128 positions"]),
+        ({"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}, 1024, ["must be null", "linear"]),
+    ],
+)
+def test_only_a_plain_rotary_embedding_is_stretched_and_only_to_more(tmp_path, rope, max_positions, words):
+    folder = save_checkpoint(tmp_path / "m", tiny_config("llama", max_position_embeddings=128, rope_parameters=rope))
+    with pytest.raises(ConfigError) as caught:
+        describe("model.target", str(folder), torch.float32, max_positions)
+    assert all(word in str(caught.value) for word in words)
