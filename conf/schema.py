@@ -179,7 +179,7 @@ class FullCacheConfig:
     host_layers: str = "auto"
     """Layers kept on the host when others are on disk: an integer, or auto."""
     block_tokens: str = "auto"
-    """Tokens of one block: what a tier stores and streams as one piece; auto: about 1 MiB."""
+    """Tokens of one block, which a tier stores and streams as one piece; auto: 8 MiB, or an eighth of the context."""
     stream_buffers: int = 4
     """Blocks in flight to the device."""
 
@@ -232,12 +232,13 @@ class DiskConfig:
 
     folder: str | None = None
     """Where its files are, which have no name and vanish with the run; null: the run's output folder."""
-    readers: int = 4
-    """Reads in flight."""
+    readers: str = "auto"
+    """Reads in flight: an integer, or auto: measured when the run starts."""
 
     def __post_init__(self) -> None:
         require(self.folder != "", "tiers.disk.folder", self.folder, "a folder that can be written, or null")
-        require(1 <= self.readers <= 64, "tiers.disk.readers", self.readers, "between 1 and 64")
+        readers = parse_auto_count("tiers.disk.readers", self.readers, ("auto",), minimum=1)
+        require(readers == "auto" or readers <= 64, "tiers.disk.readers", self.readers, "between 1 and 64, or auto")
 
 
 @dataclass(kw_only=True, slots=True)

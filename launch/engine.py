@@ -29,7 +29,7 @@ from tiers.base import BlockShape, CacheShape
 from tiers.chunk_index import ChunkIndex
 from tiers.context_summary import ContextSummary
 from tiers.device_tier import DeviceTier
-from tiers.disk_tier import DiskTier
+from tiers.disk_tier import DiskTier, best_num_readers
 from tiers.errors import OutOfTierMemoryError
 from tiers.full_cache import BlockLayer, DeviceLayer, FullCache
 from tiers.memory import device_free_bytes, disk_free_bytes, host_free_bytes
@@ -296,7 +296,7 @@ class _Builder:
         return make_coupling(self._config.sampling, self._random, level, is_last=level == LEVEL_TARGET)
 
     def _full_cache(self) -> FullCache:
-        plan, facts, config = self._plan, self._prepared.target, self._config
+        plan, facts = self._plan, self._prepared.target
         shape, slack, device = facts.cache_shape, plan.slack_tokens, self._prepared.device
         block = BlockShape(
             num_kv_heads=shape.num_kv_heads, num_tokens=plan.block_tokens, head_dim=shape.head_dim, dtype=shape.dtype
@@ -312,7 +312,7 @@ class _Builder:
         ]
         if not tiers:
             return FullCache(layers, facts.windows)
-        readers = config.tiers.disk.readers if plan.num_disk_layers else 1
+        readers = self._num_readers(block) if plan.num_disk_layers else 1
         needs_staging = plan.num_disk_layers > 0 or self._host_tier.checksums
         streamer = make_streamer(
             block.size,
@@ -326,6 +326,14 @@ class _Builder:
         )
         make_space = partial(_space, shape, self._device_tier)
         return FullCache(layers, facts.windows, streamer, BlockWriter(device), make_space)
+
+    def _num_readers(self, block: BlockShape) -> int:
+        configured = self._config.tiers.disk.readers
+        if configured != "auto":
+            return int(configured)
+        num_readers, gb_per_s = best_num_readers(self._disk_tier.folder, block)
+        self._notes.append(f"disk: {gb_per_s:.1f} GB/s with {num_readers} reads in flight")
+        return num_readers
 
     def _selection(self, full_cache: FullCache) -> RetrievalSelection:
         capacity, facts = self._plan.max_tokens + self._plan.slack_tokens, self._prepared.target

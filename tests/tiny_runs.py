@@ -12,6 +12,7 @@ from conf.schema import (
     CacheConfig,
     ChunkRule,
     DecodingConfig,
+    DiskConfig,
     Dtype,
     FullCacheConfig,
     FullCacheTier,
@@ -23,6 +24,7 @@ from conf.schema import (
     RunConfig,
     SamplingConfig,
     StreamingCacheConfig,
+    TiersConfig,
 )
 from launch import engine
 from orchestrator.hierarchy import Hierarchy, Round
@@ -71,6 +73,7 @@ def tiny_run(
         sampling=sampling,
         generation=GenerationConfig(ignore_eos=ignore_eos),
         placement=PlacementConfig(device="cpu"),
+        tiers=TiersConfig(disk=DiskConfig(readers="3")),
         output=tempfile.gettempdir(),  # where files of the disk tier are, without a name
     )
 

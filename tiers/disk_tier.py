@@ -14,6 +14,8 @@ import errno
 import os
 import tempfile
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,9 @@ from tiers.base import PAGE_BYTES, BlockShape, padded_to_pages, page_aligned
 from tiers.checksum import checksum
 from tiers.errors import DamagedBlockError, OutOfTierMemoryError
 
+MEASURED_BYTES = 64 << 20
+NUMS_OF_READERS = (1, 2, 4, 8, 16)
+WORTH_MORE_READERS = 1.15
 NO_NAMELESS_FILES = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
 
 
@@ -167,6 +172,10 @@ class DiskBlocks:
             rows[:, chosen] = block[:, heads[chosen], tokens[chosen] - index * size]
         return rows
 
+    def check(self, index: int) -> None:
+        """Reads a block as `read_into` does, to this thread's memory. Raises DamagedBlockError."""
+        self._read_block(index)
+
     def _read_block(self, index: int) -> torch.Tensor:
         """In this thread's buffer, until its next use."""
         block = self._as_block(self._page_buffer())
@@ -185,3 +194,31 @@ class DiskBlocks:
     def _damaged(self, index: int, what: str) -> DamagedBlockError:
         self._tier.num_damaged += 1
         return DamagedBlockError(f"block {index} of {len(self._checksums)} in {self._tier.folder} {what}")
+
+
+def best_num_readers(folder: Path | str, shape: BlockShape) -> tuple[int, float]:
+    """How many reads in flight a disk wants, for blocks of `shape`, and the GB/s it then gives.
+
+    Writes some blocks to `folder` and reads them by ever more threads, as long as that is a good deal faster: where the
+    disk is as fast with fewer, they leave the processor to attention. Raises OutOfTierMemoryError.
+    """
+    count = max(NUMS_OF_READERS[-1], MEASURED_BYTES // shape.num_bytes)
+    tier = DiskTier(folder)
+    try:
+        blocks = tier.blocks(shape, count)
+        rows = torch.zeros(shape.size, dtype=shape.dtype)
+        for index in range(count):
+            blocks.write(index, rows)
+        best, best_seconds = 0, float("inf")
+        for num_readers in NUMS_OF_READERS:
+            with ThreadPoolExecutor(num_readers) as threads:
+                list(threads.map(blocks.check, range(min(num_readers, count))))  # starts the threads
+                began = time.perf_counter()
+                list(threads.map(blocks.check, range(count)))
+                seconds = time.perf_counter() - began
+            if seconds > best_seconds / WORTH_MORE_READERS:
+                break
+            best, best_seconds = num_readers, seconds
+    finally:
+        tier.close()
+    return best, count * shape.num_bytes / best_seconds / 1e9

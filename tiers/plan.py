@@ -10,7 +10,10 @@ from dataclasses import dataclass, field, replace
 from conf.schema import CacheConfig, ConfigError, FullCacheTier
 from tiers.base import CacheShape, padded, padded_to_pages
 
-TARGET_BLOCK_BYTES = 1 << 20
+MAX_BLOCK_BYTES = 8 << 20
+"""Attention over a block costs a few dozen small operations on top, as long as the copy of some MiB."""
+MIN_BLOCKS = 8
+"""Of a context: so many blocks overlap copies and computation well, and the tail stays small beside them."""
 RESERVE_SHARE = 0.05
 """Of free memory, left for the allocator and the system."""
 
@@ -75,11 +78,11 @@ class MemoryPlan:
         return {name: sum(parts.values()) for name, parts in tiers.items()}
 
 
-def block_tokens_for(shape: CacheShape, cache: CacheConfig) -> int:
-    """Tokens of a block: a power of two, at most 1 MiB, unless configured."""
+def block_tokens_for(shape: CacheShape, cache: CacheConfig, max_tokens: int) -> int:
+    """Tokens of a block, unless configured: a power of two, at most 8 MiB and an eighth of the context."""
     if cache.full.block_tokens != "auto":
         return int(cache.full.block_tokens)
-    tokens = max(16, TARGET_BLOCK_BYTES // shape.bytes_per_token_and_layer)
+    tokens = max(16, min(MAX_BLOCK_BYTES // shape.bytes_per_token_and_layer, max_tokens // MIN_BLOCKS))
     return 1 << (tokens.bit_length() - 1)
 
 
@@ -148,7 +151,7 @@ def _plan_with(inputs: PlanInput, cache: CacheConfig, num_device_layers: int, nu
     shape, per_layer = inputs.target_shape, inputs.target_shape.bytes_per_token_and_layer
     num_disk_layers = shape.num_layers - num_device_layers - num_host_layers
     num_block_layers = num_host_layers + num_disk_layers
-    block_tokens = block_tokens_for(shape, cache)
+    block_tokens = block_tokens_for(shape, cache, inputs.max_tokens)
     plan = MemoryPlan(
         max_tokens=inputs.max_tokens,
         slack_tokens=inputs.slack_tokens,

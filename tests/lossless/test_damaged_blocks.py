@@ -53,7 +53,7 @@ def test_tokens_are_those_of_an_undamaged_run(folders, monkeypatch, mode, sampli
     wanted = generate(tiny_run(*folders, mode, DEVICE, sampling=sampling), PROMPT, NUM_TOKENS).tokens
     damage_at(monkeypatch, {read_number})
     config = tiny_run(*folders, mode, DISK, sampling=sampling)
-    config.tiers.disk.readers = 1
+    config.tiers.disk.readers = "1"
     with engine_for(config, PROMPT, NUM_TOKENS) as engine:
         rounds = run_to_end(engine.hierarchy)
         assert engine.hierarchy.session.generated == wanted

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from tiers.base import PAGE_BYTES, BlockShape, page_aligned
-from tiers.disk_tier import DiskBlocks, DiskTier
+from tiers.disk_tier import DiskBlocks, DiskTier, best_num_readers
 from tiers.errors import DamagedBlockError, OutOfTierMemoryError
 
 # Of whole pages, and of a part of one.
@@ -227,3 +229,25 @@ def test_file_systems_without_nameless_files_or_direct_access_do(tmp_path, monke
     for index in range(NUM_BLOCKS):
         assert torch.equal(blocks.read(index, 0, 64), rows_of(SHAPES["pages"], index))
     tier.close()
+
+
+def slow_reads(monkeypatch, seconds: float, num_at_once: int) -> None:
+    """A disk that serves so many reads at a time, each in so many seconds."""
+    gate, check = threading.Semaphore(num_at_once), DiskBlocks.check
+
+    def slow(blocks, index):
+        with gate:
+            time.sleep(seconds)
+            check(blocks, index)
+
+    monkeypatch.setattr(DiskBlocks, "check", slow)
+
+
+@pytest.mark.parametrize("num_at_once", [1, 4])
+def test_as_many_readers_are_chosen_as_the_disk_serves_at_once(tmp_path, monkeypatch, num_at_once):
+    slow_reads(monkeypatch, 0.02, num_at_once)
+    shape = BlockShape(num_kv_heads=2, num_tokens=2048, head_dim=128, dtype=torch.bfloat16)
+    num_readers, gb_per_s = best_num_readers(tmp_path, shape)
+    assert num_readers == num_at_once
+    assert 0 < gb_per_s < num_at_once * shape.num_bytes / 0.02 / 1e9
+    assert not list(tmp_path.iterdir())

@@ -236,7 +236,7 @@ def test_refusal_names_need_and_have_and_the_largest_context_that_fits(
     with pytest.raises(ConfigError):
         make_plan(replace(inputs, max_tokens=largest + 1), config)
     with pytest.raises(ConfigError):
-        make_plan(replace(inputs, max_tokens=largest + block_tokens_for(SHAPE, config)), config)
+        make_plan(replace(inputs, max_tokens=largest + block_tokens_for(SHAPE, config, largest)), config)
 
 
 def test_refusal_of_a_fixed_tier_names_the_knob_that_would_let_layers_move():
@@ -293,13 +293,15 @@ def test_a_cpu_does_not_count_its_memory_twice():
         make_plan(short, cache_config())
 
 
+@pytest.mark.parametrize("max_tokens", [100, 5000, 10**6])
 @pytest.mark.parametrize("bytes_per_token", [2**10, 3000, 2**14, 2**17, 2**22])
-def test_blocks_are_a_power_of_two_of_at_most_a_mebibyte_and_at_least_16_tokens(bytes_per_token):
+def test_blocks_are_a_power_of_two_of_at_most_8_mib_and_an_eighth_of_the_context(bytes_per_token, max_tokens):
     shape = CacheShape(num_layers=1, num_kv_heads=1, head_dim=bytes_per_token // 4, dtype=torch.bfloat16)
-    tokens = block_tokens_for(shape, cache_config())
+    tokens = block_tokens_for(shape, cache_config(), max_tokens)
+    most = min(8 * MIB / shape.bytes_per_token_and_layer, max_tokens / 8)
     assert tokens.bit_count() == 1
-    assert tokens == 16 or MIB // 2 < tokens * shape.bytes_per_token_and_layer <= MIB
-    assert block_tokens_for(shape, cache_config(block_tokens="37")) == 37
+    assert tokens == 16 or most / 2 < tokens <= most
+    assert block_tokens_for(shape, cache_config(block_tokens="37"), max_tokens) == 37
 
 
 @pytest.fixture(scope="module")
