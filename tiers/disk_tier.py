@@ -40,6 +40,7 @@ class DiskTier:
         self.num_damaged = 0
         self.is_direct = True
         self._files: list[int] = []
+        self._own = threading.local()
 
     def blocks(self, shape: BlockShape, count: int) -> DiskBlocks:
         """Room for `count` blocks of `shape`. Raises OutOfTierMemoryError."""
@@ -91,6 +92,13 @@ class DiskTier:
                 raise
         return file
 
+    def page_buffer(self, num_bytes: int) -> torch.Tensor:
+        """This thread's, for one block at a time: blocks of all layers have the same size."""
+        pages = getattr(self._own, "pages", None)
+        if pages is None or len(pages) != num_bytes:
+            pages = self._own.pages = page_aligned(num_bytes).zero_()
+        return pages
+
     def close(self) -> None:
         """Gives the space back."""
         for file in self._files:
@@ -122,7 +130,6 @@ class DiskBlocks:
         self.shape = shape
         self._tier, self._file = tier, file
         self._checksums: list[int | None] = [None] * count
-        self._own = threading.local()
 
     def write(self, index: int, rows: torch.Tensor) -> None:
         """See BlockStore. Raises OSError where the disk is full after all."""
@@ -184,9 +191,7 @@ class DiskBlocks:
 
     def _page_buffer(self) -> torch.Tensor:
         """Bytes of whole pages, of this thread."""
-        if not hasattr(self._own, "pages"):
-            self._own.pages = page_aligned(padded_to_pages(self.shape.num_bytes)).zero_()
-        return self._own.pages
+        return self._tier.page_buffer(padded_to_pages(self.shape.num_bytes))
 
     def _as_block(self, pages: torch.Tensor) -> torch.Tensor:
         return pages[: self.shape.num_bytes].view(self.shape.dtype).view(self.shape.size)

@@ -179,6 +179,9 @@ def _plan_with(inputs: PlanInput, cache: CacheConfig, num_device_layers: int, nu
         plan.device_bytes["stream buffers"] = buffer_bytes
         plan.host_bytes["full cache"] = num_host_layers * num_blocks * block_bytes
         plan.disk_bytes["full cache"] = num_disk_layers * num_blocks * padded_to_pages(block_bytes)
+        if num_disk_layers:
+            # Of the thread that writes blocks and of the one that fetches chunks; others read to stream buffers.
+            plan.host_bytes["page buffers"] = 2 * padded_to_pages(block_bytes)
         prefill_bytes = padded(inputs.max_tokens) * per_layer
         if not inputs.device_is_host:
             plan.hidden_tier, plan.host_bytes["hidden states"] = "host", hidden_bytes

@@ -87,7 +87,7 @@ class RetrievalSelection:
             self._summary.catch_up(self._cache)
         self._num_sent = self._cache.length
         choice = self._ahead if self._ahead is not None and self._cache.has_collected else None
-        self._ahead = _Choice(self._cache.length, {})
+        self._ahead = _Choice(self._cache.length, {}) if self._ahead_buffers else None
         layers = (self._retrieve(layer, queries[layer], choice) for layer in range(len(self._windows)))
         return RetrievalUpdate(is_rebuild=True, start=0, length=self._cache.length, layers=layers)
 

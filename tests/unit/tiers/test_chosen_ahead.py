@@ -126,6 +126,20 @@ def test_chunks_are_those_that_the_queries_of_the_update_before_ask_for():
         assert positions[:, 32:].tolist() == [[128, 129, 130, 131]] * HEADS
 
 
+@pytest.mark.parametrize("tiers", ["d", "h"])
+def test_without_room_to_collect_chunks_are_chosen_at_once_among_all_there_are(tiers):
+    sequence = Sequence(tiers, 130, budget=32, chunk_size=8)
+    sequence.selection._ahead_buffers = {}
+    with closing(sequence.cache):
+        sequence.rebuild(0)
+        for seed in range(10):
+            sequence.verify(6, 6, seed)
+            sequence.follow(seed)
+        (positions,) = sequence.rebuild(1)
+        assert positions.shape[1] == 32 + 190 % 8, "the budget and the incomplete chunk, no more"
+        assert positions[0, -1] == 189
+
+
 def test_a_pass_that_failed_has_copied_nothing(fetched):
     sequence = Sequence("hs", 130, budget=32, chunk_size=8)
     with closing(sequence.cache):
