@@ -244,10 +244,19 @@ def test_the_grid(pair, mode, gamma1, gamma2, drafter, tier):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma2"])
 @pytest.mark.parametrize("batch", range(5))
 def test_a_hundred_prompts(checkpoints, family, batch):
-    """5 batches of 5 prompts in each of 4 families, 256 tokens each."""
+    """5 batches of 5 prompts in each of 4 families, 256 tokens each.
+
+    Of 25,600 tokens of random models a few are ties in fp32, which a cache in blocks may break otherwise.
+    """
+    num_ties = 0
     target, other = checkpoints(family, max_position_embeddings=1024), checkpoints(family, seed=1)
     for seed in range(5 * batch, 5 * batch + 5):
         prompt = random_prompt(100 + 20 * seed, seed=seed)
         wanted = greedy_tokens(target, prompt, 256)
         drafter = (other, target, LOOKUP_DRAFTER)[seed % 3]
-        assert generate(tiny_run(target, drafter, triforce, HOST), prompt, 256).tokens == wanted, seed
+        tokens = generate(tiny_run(target, drafter, triforce, HOST), prompt, 256).tokens
+        if tokens != wanted:
+            end = 1 + next(at for at, pair in enumerate(zip(tokens, wanted, strict=True)) if pair[0] != pair[1])
+            assert not is_decided(target, prompt + wanted[:end], 1), seed
+            num_ties += 1
+    assert num_ties <= 1
