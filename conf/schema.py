@@ -328,7 +328,7 @@ class PlacementConfig:
     device: str = "auto"
     """cpu, cuda, cuda:N; auto: the first CUDA device if there is one."""
     threads: str = "auto"
-    """Threads of a CPU process: an integer, or auto: OMP_NUM_THREADS, unless torchrun alone set it, else all cores."""
+    """Of a CPU process: an integer, or auto: OMP_NUM_THREADS if the user set it, else as many as cores are idle."""
     device_memory_gib: float | None = None
     """Plan for this much memory on the device; null: what is free."""
     host_memory_gib: float | None = None

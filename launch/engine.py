@@ -32,7 +32,7 @@ from tiers.device_tier import DeviceTier
 from tiers.disk_tier import DiskTier, best_num_readers
 from tiers.errors import OutOfTierMemoryError
 from tiers.full_cache import BlockLayer, DeviceLayer, FullCache
-from tiers.memory import device_free_bytes, disk_free_bytes, host_free_bytes
+from tiers.memory import device_free_bytes, disk_free_bytes, host_free_bytes, num_idle_cores
 from tiers.pinned_host_tier import PinnedHostTier, can_pin
 from tiers.plan import MemoryPlan, PlanInput, make_plan
 from tiers.retrieval_cache import RetrievalCache
@@ -79,7 +79,7 @@ def prepare(config: RunConfig) -> Prepared:
         raise ConfigError(
             f"tiers.link.gb_per_s is {config.tiers.link.gb_per_s}; it must be null on {device}, whose link is real"
         )
-    num_threads = _set_threads(config.placement.threads)
+    num_threads = _set_threads(config.placement.threads) if device.type == "cpu" else torch.get_num_threads()
     dtype = _choose_dtype(config.model.dtype, device)
     target = describe("model.target", config.model.target, dtype, config.model.max_positions)
     drafter = None
@@ -87,7 +87,7 @@ def prepare(config: RunConfig) -> Prepared:
         drafter = describe("model.drafter", config.model.drafter, dtype)
         check_same_vocabulary(target, drafter)
         _check_drafter_window(config, drafter)
-    where = f"device {device}" + (f", {num_threads} threads" if device.type == "cpu" else "")
+    where = f"device {device}" + (f", threads: {num_threads}" if device.type == "cpu" else "")
     return Prepared(device=device, target=target, drafter=drafter, notes=[f"{where}, {str(dtype).split('.')[-1]}"])
 
 
@@ -104,11 +104,12 @@ def _choose_device(name: str) -> torch.device:
 
 
 def _set_threads(threads: str) -> int:
-    """torchrun sets OMP_NUM_THREADS=1 unless the user did; for a lone process all cores are meant."""
+    """`auto` is OMP_NUM_THREADS where the user set it (torchrun may, to 1), else the number of idle cores."""
+    of_user = os.environ.get("OMP_NUM_THREADS")
     if threads != "auto":
         torch.set_num_threads(int(threads))
-    elif os.environ.get("TORCHELASTIC_RUN_ID") and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    elif not of_user or (of_user == "1" and os.environ.get("TORCHELASTIC_RUN_ID")):
+        torch.set_num_threads(num_idle_cores())
     return torch.get_num_threads()
 
 

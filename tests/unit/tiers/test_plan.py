@@ -434,3 +434,22 @@ def test_where_there_is_no_room_to_collect_chunks_they_are_fetched():
     tight = make_plan(replace(inputs, device_free_bytes=int(need / (1 - RESERVE_SHARE)) + 1), cache)
     assert not tight.chooses_ahead and "chunks ahead" not in tight.device_bytes
     assert tight.totals["host"] == plan.totals["host"]
+
+
+@pytest.mark.parametrize(
+    ("busy_percent", "quota", "wanted"),
+    [
+        ([3.0, 2.0, 1.0, 0.0], "max 100000", 4),
+        ([100.0, 2.0, 40.0, 0.0], "max 100000", 3),
+        ([100.0, 100.0, 100.0, 100.0], "max 100000", 1),
+        ([0.0, 0.0, 0.0, 0.0], "150000 100000", 2),
+        ([0.0, 0.0, 0.0, 0.0], None, 4),
+    ],
+)
+def test_threads_are_for_idle_cores_within_the_quota(monkeypatch, tmp_path, busy_percent, quota, wanted):
+    if quota:
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr(memory.psutil, "cpu_percent", lambda interval, percpu: [*busy_percent, 100.0, 100.0])
+    assert memory.num_idle_cores() == wanted
