@@ -16,13 +16,12 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from tiers.base import PAGE_BYTES, BlockShape, padded_to_pages, page_aligned
-from tiers.checksum import checksum
+from tiers.checksum import CheckedBlock, checksum
 from tiers.errors import DamagedBlockError, OutOfTierMemoryError
 
 MEASURED_BYTES = 64 << 20
@@ -108,21 +107,6 @@ class DiskTier:
         self.used_bytes = 0
 
 
-@dataclass(slots=True)
-class DiskBlock:
-    """One block to be streamed; see tiers.transfer.StoredBlock."""
-
-    blocks: DiskBlocks
-    index: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.blocks.shape.num_bytes
-
-    def read_into(self, buffer: torch.Tensor) -> None:
-        self.blocks.read_into(self.index, buffer)
-
-
 class DiskBlocks:
     """The blocks of one layer in one file; see tiers.base.BlockStore. Threads may read and write different blocks."""
 
@@ -143,8 +127,8 @@ class DiskBlocks:
             at += os.pwrite(self._file, data[at:], index * len(data) + at)
         self._checksums[index] = checksum(block)
 
-    def source(self, index: int) -> DiskBlock:
-        return DiskBlock(self, index)
+    def source(self, index: int) -> CheckedBlock:
+        return CheckedBlock(self, index)
 
     def read_into(self, index: int, buffer: torch.Tensor) -> None:
         """Fills `buffer`, contiguous and of the block's size, on the host. Raises DamagedBlockError."""

@@ -7,12 +7,11 @@ CUDA the same tier is plain memory.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
 from tiers.base import BlockShape
-from tiers.checksum import checksum
+from tiers.checksum import CheckedBlock, checksum
 from tiers.errors import DamagedBlockError, OutOfTierMemoryError
 
 
@@ -89,8 +88,8 @@ class CheckedHostBlocks(HostBlocks):
         self._memory[index].copy_(rows)
         self._checksums[index] = checksum(self._memory[index])
 
-    def source(self, index: int) -> CheckedHostBlock:
-        return CheckedHostBlock(self, index)
+    def source(self, index: int) -> CheckedBlock:
+        return CheckedBlock(self, index)
 
     def read(self, index: int, begin: int, end: int) -> torch.Tensor:
         self.check(index, self._memory[index])
@@ -113,21 +112,6 @@ class CheckedHostBlocks(HostBlocks):
             raise DamagedBlockError(
                 f"block {index} of {len(self._memory)} in host memory has another checksum than what was written"
             )
-
-
-@dataclass(slots=True)
-class CheckedHostBlock:
-    """One block to be streamed; see tiers.transfer.StoredBlock."""
-
-    blocks: CheckedHostBlocks
-    index: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.blocks.shape.num_bytes
-
-    def read_into(self, buffer: torch.Tensor) -> None:
-        self.blocks.read_into(self.index, buffer)
 
 
 def can_pin() -> bool:
