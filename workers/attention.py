@@ -74,8 +74,24 @@ def cached_attention(
 ):
     """transformers' AttentionInterface: query [1, H * G, T, D], key and value [1, H, T, D] -> ([1, T, H * G, D], None).
 
-    The keys and values go to the active cache. `s_aux` [H * G] are logits of attention sinks without a value.
+    The keys and values go to the active cache. `s_aux` [H * G] are logits of attention sinks without a value. Where the
+    module is told to have but some heads of its own (workers.tensor_parallel), the cache gets theirs, and the output of
+    the others is zero.
     """
+    own = getattr(module, "own_heads", None)
+    if own is None:
+        return _attention_of_heads(module, query, key, value, scaling, sliding_window, softcap, s_aux), None
+    query_of_own, s_aux = query[:, own.query], None if s_aux is None else s_aux[own.query]
+    out = _attention_of_heads(
+        module, query_of_own, key[:, own.kv], value[:, own.kv], scaling, sliding_window, softcap, s_aux
+    )
+    all_heads = out.new_zeros(1, out.shape[1], query.shape[1], out.shape[3])
+    all_heads[:, :, own.query] = out
+    return all_heads, None
+
+
+def _attention_of_heads(module, query, key, value, scaling, sliding_window, softcap, s_aux):
+    """See `cached_attention`."""
     forward_pass = _ACTIVE.get()
     k, v = key[0], value[0]
     q = query[0].unflatten(0, (k.shape[0], -1))
@@ -97,7 +113,7 @@ def cached_attention(
     )
     if mass is not None:
         forward_pass.observe_mass(module.layer_idx, mass.total())
-    return out.permute(2, 0, 1, 3).flatten(1, 2)[None], None
+    return out.permute(2, 0, 1, 3).flatten(1, 2)[None]
 
 
 AttentionInterface.register(ATTENTION_NAME, cached_attention)

@@ -6,8 +6,9 @@ refused, and older checkpoints in PyTorch's format are read as weights only.
 
 from __future__ import annotations
 
+import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,18 +23,23 @@ from tiers.base import CacheShape
 from tiers.device_tier import DeviceTier
 from tiers.full_cache import DeviceLayer, FullCache
 from workers.model import CausalModel
+from workers.shard import WHOLE, Shard, check_size
+from workers.sharded_weights import fill, make_skeleton, weight_files
+from workers.tensor_parallel import AllReduce, connect, cut, plan_sharding
 
 # Attention that our function would compute silently wrong, or that is none.
 REFUSED_MODEL_TYPES = ("llama4", "llama4_text", "gemma3n", "gemma3n_text")
 SUPPORTED_LAYER_TYPES = ("full_attention", "sliding_attention")
 SUPPORTED = "a decoder with full or sliding-window attention, such as Llama, Qwen, Mistral, Gemma 3, Phi or OLMo"
 SELF_CHECK_TOKENS, SELF_CHECK_PIECE_TOKENS = 24, 5
+SELF_CHECK_LAYERS = 2
+"""Of a tensor-parallel model, which no rank has whole."""
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 @dataclass(kw_only=True)
 class ModelFacts:
-    """What a configuration says of a model."""
+    """What a configuration says of a model, or of one rank's part of it."""
 
     key: str
     """model.target or model.drafter."""
@@ -48,6 +54,29 @@ class ModelFacts:
     max_positions: int
     eos_ids: frozenset[int]
     num_weight_bytes: int
+    shard: Shard = WHOLE
+    """The part that `cache_shape` and `num_weight_bytes` are of, and that `load_model` reads."""
+
+    def sharded(self, shard: Shard) -> ModelFacts:
+        """Of a whole model's facts those of one rank's part. Raises ConfigError, as for a size that is not legal."""
+        assert self.shard == WHOLE, f"rank {self.shard.rank} of {self.shard.size} is a part already"
+        if shard == WHOLE:
+            return self
+        text_config = self.config.get_text_config()
+        name = f"{self.key}={self.source}"
+        check_size(name, text_config.num_attention_heads, self.cache_shape.num_kv_heads, shard.size)
+        if getattr(self.config, "quantization_config", None):
+            raise ConfigError(
+                f"placement.tensor_parallel is {shard.size}; it must be 1 for {name}, whose weights are quantized"
+            )
+        model = _without_memory(self.config)
+        sharding = plan_sharding(model, shard)
+        return replace(
+            self,
+            cache_shape=replace(self.cache_shape, num_kv_heads=sharding.heads.num_kv),
+            num_weight_bytes=sharding.num_parameters(model) * self.dtype.itemsize,
+            shard=shard,
+        )
 
 
 def describe(key: str, name: str, dtype: torch.dtype, max_positions: int | None = None) -> ModelFacts:
@@ -178,10 +207,13 @@ def _eos_ids(source: str, config) -> frozenset[int]:
 
 
 def _num_parameters(config) -> int:
-    """Counted on a model without memory; buffers are small and left out."""
+    """Buffers are small and left out."""
+    return sum(parameter.numel() for parameter in _without_memory(config).parameters())
+
+
+def _without_memory(config):
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters())
+        return AutoModelForCausalLM.from_config(config)
 
 
 def check_same_vocabulary(target: ModelFacts, drafter: ModelFacts) -> None:
@@ -199,9 +231,28 @@ def check_same_vocabulary(target: ModelFacts, drafter: ModelFacts) -> None:
     )
 
 
-def load_model(facts: ModelFacts, device: torch.device, *, self_check: bool) -> CausalModel:
-    """Reads the weights onto `device`. Raises ConfigError where our attention differs from transformers' own."""
+def load_model(
+    facts: ModelFacts, device: torch.device, *, self_check: bool, all_reduce: AllReduce | None = None
+) -> CausalModel:
+    """Reads the weights onto `device`. Raises ConfigError where our attention differs from transformers' own.
+
+    For one rank's part there is an `all_reduce` over the ranks, all of which load their parts at the same time.
+    """
     transformers.utils.logging.disable_progress_bar()
+    if facts.shard != WHOLE:
+        if self_check:
+            _self_check_sharded(facts, device, all_reduce)
+        return CausalModel(_read_part(facts, device, all_reduce), device)
+    hf_model = _read_whole(facts, device)
+    tokens = _self_check_tokens(facts)
+    wanted = _logits(hf_model, tokens) if self_check else None
+    model = CausalModel(hf_model, device)
+    if wanted is not None:
+        _self_check(facts, model, tokens, wanted)
+    return model
+
+
+def _read_whole(facts: ModelFacts, device: torch.device):
     try:
         hf_model, loaded = AutoModelForCausalLM.from_pretrained(
             facts.source,
@@ -219,12 +270,28 @@ def load_model(facts: ModelFacts, device: torch.device, *, self_check: bool) -> 
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"{facts.key} is {facts.source!r}, whose weights cannot be read: {reason}") from error
     _check_loaded(facts, loaded)
-    tokens = torch.randint(0, facts.config.get_text_config().vocab_size, (SELF_CHECK_TOKENS,), generator=_fixed())
-    with torch.inference_mode():
-        wanted = hf_model(input_ids=tokens[None].to(device), use_cache=False).logits[0] if self_check else None
-    model = CausalModel(hf_model, device)
-    if wanted is not None:
-        _self_check(facts, model, tokens.tolist(), wanted)
+    return hf_model
+
+
+def _read_part(facts: ModelFacts, device: torch.device, all_reduce: AllReduce):
+    """One rank's part, of which alone the bytes are read.
+
+    But for families whose weights transformers converts as it reads them (experts of a mixture, mostly): there all is
+    read to the host, and then cut.
+    """
+    files = weight_files(facts.source)
+    if files is None:
+        raise ConfigError(
+            f"placement.tensor_parallel is {facts.shard.size}; it must be 1 for {facts.key}={facts.source}, whose "
+            "weights are not in safetensors files, of which alone a part can be read"
+        )
+    model = make_skeleton(facts.config, facts.dtype)
+    sharding = plan_sharding(model, facts.shard)
+    if not fill(model, sharding, files, facts.dtype, device):
+        model = _read_whole(facts, torch.device("cpu"))
+        cut(model, sharding)
+        model.to(device)
+    connect(model, sharding, all_reduce)
     return model
 
 
@@ -239,8 +306,48 @@ def _check_loaded(facts: ModelFacts, loaded: dict) -> None:
         )
 
 
-def _fixed() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+def _self_check_tokens(facts: ModelFacts) -> list[int]:
+    fixed = torch.Generator().manual_seed(0)
+    return torch.randint(0, facts.config.get_text_config().vocab_size, (SELF_CHECK_TOKENS,), generator=fixed).tolist()
+
+
+@torch.inference_mode()
+def _logits(hf_model, tokens: list[int]) -> torch.Tensor:
+    """[T, V] by transformers alone."""
+    return hf_model(input_ids=torch.tensor([tokens], device=hf_model.device), use_cache=False).logits[0]
+
+
+def _self_check_sharded(facts: ModelFacts, device: torch.device, all_reduce: AllReduce) -> None:
+    """The model's first layers, with its weights: sharded over all ranks, against whole ones on this rank alone.
+
+    The others are read in the same way and not checked: no rank has the memory for the whole model.
+    """
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # or it lists the weights of the other layers
+    try:
+        short = _first_layers(facts, SELF_CHECK_LAYERS)
+        tokens = _self_check_tokens(short)
+        wanted = _logits(_read_whole(short, device), tokens)
+        _self_check(short, CausalModel(_read_part(short, device, all_reduce), device), tokens, wanted)
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+
+
+def _first_layers(facts: ModelFacts, num_layers: int) -> ModelFacts:
+    """Of a model with fewer layers but for that the same."""
+    config = copy.deepcopy(facts.config)
+    text_config = config.get_text_config()
+    whole, num_layers = text_config.num_hidden_layers, min(num_layers, text_config.num_hidden_layers)
+    for name, value in vars(text_config).items():
+        if isinstance(value, list) and len(value) == whole:  # something of each layer
+            setattr(text_config, name, value[:num_layers])
+    text_config.num_hidden_layers = num_layers
+    return replace(
+        facts,
+        config=config,
+        cache_shape=replace(facts.cache_shape, num_layers=num_layers),
+        windows=facts.windows[:num_layers],
+    )
 
 
 def _self_check(facts: ModelFacts, model: CausalModel, tokens: list[int], wanted: torch.Tensor) -> None:

@@ -28,10 +28,12 @@ THIRD_PARTY_FENCES = {
         "workers/attention.py",
         "workers/pretrained.py",
         "workers/rotary.py",
+        "workers/sharded_weights.py",
         "launch/train_demo.py",
     ),
     "tokenizers": ("launch/train_demo.py", "launch/demo_corpus.py"),
-    "safetensors": ("workers/pretrained.py",),
+    "safetensors": ("workers/pretrained.py", "workers/sharded_weights.py"),
+    "accelerate": ("workers/sharded_weights.py",),
     "psutil": ("tiers/memory.py",),
     "xxhash": ("tiers/checksum.py",),
 }
