@@ -86,7 +86,7 @@ class SharedMemoryAllReduce:
             torch.add(slots[0], slots[1], out=numbers)
             return
         # Rounded once, not with each rank.
-        total = slots[0].to(torch.promote_types(numbers.dtype, torch.float32))
+        total = slots[0].to(torch.promote_types(numbers.dtype, torch.float32), copy=True)
         for slot in slots[1:]:
             total += slot
         numbers.copy_(total)
