@@ -154,7 +154,7 @@ def test_caches_are_told_where_their_memory_is(path):
             ", ".join(f"orchestrator.{path.stem}" for path in sorted((ROOT / "orchestrator").glob("[a-z]*.py"))),
             {"torch", "transformers", "cupy", "hydra"},
         ),
-        ("workers.messages", {"torch", "transformers", "numpy"}),
+        ("workers.messages, workers.shard", {"torch", "transformers", "numpy"}),
         ("conf.schema, conf.model_source", {"torch", "transformers", "numpy", "omegaconf"}),
         ("launch.run", {"torch", "transformers"}),
         ("tiers.plan, tiers.full_cache, tiers.pinned_host_tier", {"transformers", "cupy", "hydra"}),
