@@ -61,13 +61,13 @@ def fill(
     for path, names in names_in.items():
         with safe_open(path, framework="pt") as file:
             for name in names:
-                part = file.get_slice(name)
-                if list(wanted[name].shape) != part.get_shape():
+                whole = file.get_slice(name)
+                if list(wanted[name].shape) != whole.get_shape():
                     return False
                 cut = sharding.cuts.get(name)
-                rows = part[cut.index(len(part.get_shape()))] if cut else part[...]
-                kept_dtype = dtype if rows.is_floating_point() else rows.dtype
-                set_parameter(model, name, rows.to(device, kept_dtype).contiguous())
+                part = cut.of(whole, wanted[name].dim()) if cut else whole[...]
+                kept_dtype = dtype if part.is_floating_point() else part.dtype
+                set_parameter(model, name, part.to(device, kept_dtype).contiguous())
     model.tie_weights(missing_keys=set(lacking), recompute_mapping=False)
     if any(parameter.is_meta for parameter in model.parameters()):
         return False

@@ -11,8 +11,10 @@ Guided by the model's own `tp_plan`:
 
 What is planned in another way, or not at all, stays whole. Of such an MLP each rank computes everything, and nothing is
 summed. Such an attention (a fused projection, a norm across heads) projects all heads; our attention function works on
-the rank's own and gives zeros for the others, so that the cache is parted all the same. The logits are the same bits
-on every rank, as whatever is not summed is computed alike.
+the rank's own and gives zeros for the others, so that the cache is parted all the same.
+
+The logits are the same bits on every rank, as whatever is not summed is computed alike: on devices of the same kind,
+or processors with as many threads each.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from conf.schema import ConfigError
 from workers.shard import Heads, Shard, own_heads, own_range
 
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
+FUSED_UP = "gate_up_proj"
+"""Gate and up projection in one, in this order: Phi 3, GLM."""
 
 
 class AllReduce(Protocol):
@@ -39,16 +43,20 @@ class AllReduce(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The part of a parameter that a rank has: a range along one dimension."""
+    """The part of a parameter that a rank has: ranges along one dimension."""
 
     dim: int
-    range: slice
+    ranges: tuple[slice, ...]
 
-    def index(self, num_dims: int) -> tuple[slice, ...]:
-        return tuple(self.range if dim == self.dim else slice(None) for dim in range(num_dims))
+    def of(self, whole, num_dims: int) -> torch.Tensor:
+        """Of a tensor, or of a file's slice."""
+        parts = [
+            whole[tuple(part if dim == self.dim else slice(None) for dim in range(num_dims))] for part in self.ranges
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
 
     def shape(self, whole: torch.Size) -> torch.Size:
-        size = self.range.stop - self.range.start
+        size = sum(part.stop - part.start for part in self.ranges)
         return torch.Size(size if dim == self.dim else length for dim, length in enumerate(whole))
 
 
@@ -136,24 +144,28 @@ def _plan_attention(sharding: Sharding, styles: _Styles, name: str, module: nn.M
         return
     heads = sharding.heads
     for child in projections:
-        _cut_rows(
-            sharding, f"{name}.{child}", module, _scaled(heads.query if child == "q_proj" else heads.kv, head_dim)
-        )
-    sharding.cuts[f"{name}.{output}.weight"] = Cut(1, _scaled(heads.query, head_dim))
+        own = heads.query if child == "q_proj" else heads.kv
+        _cut_rows(sharding, f"{name}.{child}", projections[child], _scaled(own, head_dim))
+    sharding.cuts[f"{name}.{output}.weight"] = Cut(1, (_scaled(heads.query, head_dim),))
 
 
 def _plan_mlp(sharding: Sharding, styles: _Styles, name: str, module: nn.Module) -> None:
     ups = styles.linear_children(name, module, "colwise")
     downs = styles.linear_children(name, module, "rowwise")
+    fused = styles.linear_children(name, module, "colwise_gather_output")
+    if fused.keys() == {FUSED_UP}:
+        ups, downs = fused, styles.linear_children(name, module, "rowwise_split_input")
     if not ups or len(downs) != 1 or _has_others(module, [*ups, *downs], max_numel=1):
         return
     [(down, projection)] = downs.items()
-    if any(up.out_features != projection.in_features for up in ups.values()):
+    num_features = projection.in_features
+    starts = (0, num_features) if fused else (0,)
+    if any(up.out_features != num_features * len(starts) for up in ups.values()):
         return
-    features = own_range(projection.in_features, sharding.shard)
+    own = own_range(num_features, sharding.shard)
     for up in ups:
-        _cut_rows(sharding, f"{name}.{up}", module, features)
-    sharding.cuts[f"{name}.{down}.weight"] = Cut(1, features)
+        _cut_rows(sharding, f"{name}.{up}", ups[up], *(slice(at + own.start, at + own.stop) for at in starts))
+    sharding.cuts[f"{name}.{down}.weight"] = Cut(1, (own,))
     sharding.partial.append(f"{name}.{down}")
 
 
@@ -170,17 +182,18 @@ def _scaled(heads: slice, head_dim: int) -> slice:
     return slice(heads.start * head_dim, heads.stop * head_dim)
 
 
-def _cut_rows(sharding: Sharding, name: str, parent: nn.Module, rows: slice) -> None:
-    for kind, _ in parent.get_submodule(name.rpartition(".")[2]).named_parameters():
+def _cut_rows(sharding: Sharding, name: str, projection: nn.Linear, *rows: slice) -> None:
+    """Of weight and bias."""
+    for kind, _ in projection.named_parameters():
         sharding.cuts[f"{name}.{kind}"] = Cut(0, rows)
 
 
 def cut(model: nn.Module, sharding: Sharding) -> None:
     """Leaves of a whole model what the rank has."""
     for name, part in sharding.cuts.items():
-        whole = model.get_parameter(name)
+        whole = model.get_parameter(name).data
         # A copy: a view would keep the whole in memory.
-        set_parameter(model, name, whole.data[part.index(whole.dim())].clone(memory_format=torch.contiguous_format))
+        set_parameter(model, name, part.of(whole, whole.dim()).clone(memory_format=torch.contiguous_format))
 
 
 def set_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -164,11 +164,8 @@ def test_a_rank_holds_its_own_heads_and_the_weights_it_is_said_to(outputs_of, ch
     assert sum(output["num_kv_heads"] for output in outputs) == max(num_kv_heads, one.size)
     for output in outputs:
         assert output["loaded_bytes"] == output["num_weight_bytes"]
-        assert one.size == 1 or output["num_weight_bytes"] < whole.num_weight_bytes or one.family in WHOLE_WEIGHTS
-
-
-WHOLE_WEIGHTS = ("phi3", "gpt_oss")
-"""Only their caches are parted."""
+        is_whole = output["num_weight_bytes"] == whole.num_weight_bytes
+        assert is_whole == (one.size == 1 or one.family == "gpt_oss")  # of which only the cache is parted
 
 
 class NoSum:
