@@ -22,6 +22,7 @@ from tests.all_caches import (
     rounded,
 )
 from tiers.base import padded
+from tiers.quantisation import quantised_bytes
 from tiers.quantised_retrieval_cache import QuantisedRetrievalCache, make_retrieval_cache
 from tiers.retrieval_cache import LayerUpdate, RetrievalCache, RetrievalUpdate
 
@@ -223,3 +224,11 @@ def test_memory_is_that_of_budget_tail_and_positions():
     RetrievalCache(SHAPE, 100, 29, 3, tier)
     slots = 192
     assert tier.used_bytes == slots * SHAPE.bytes_per_token + slots * LAYERS * HEADS * 8
+
+
+def test_quantised_chunks_are_counted_with_the_layer_that_is_read():
+    tier = PoisonedDeviceTier()
+    QuantisedRetrievalCache(4, SHAPE, 100, 29, 3, tier)
+    newer = 64 * (SHAPE.bytes_per_token + LAYERS * HEADS * 8)
+    chunks = quantised_bytes(SHAPE, 100, 4) + 128 * LAYERS * HEADS * 4
+    assert tier.used_bytes == newer + chunks + 128 * SHAPE.bytes_per_token_and_layer
