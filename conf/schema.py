@@ -52,6 +52,19 @@ class ChunkRule(StrEnum):
     mean_key = "mean_key"
 
 
+class ChunkDtype(StrEnum):
+    """How the chosen chunks of the retrieval cache are stored; `auto` is as the model has them."""
+
+    auto = "auto"
+    int8 = "int8"
+    int4 = "int4"
+
+    @property
+    def bits(self) -> int | None:
+        """Of a value; None: those of the model's."""
+        return {ChunkDtype.int8: 8, ChunkDtype.int4: 4}.get(self)
+
+
 class Dtype(StrEnum):
     """Of weights and caches; `auto` is bfloat16 where the processor computes in it, else float32."""
 
@@ -133,6 +146,9 @@ class RetrievalCacheConfig:
     rule: ChunkRule = ChunkRule.attention
     """attention: what the last verifications attended to; mean_key: products of queries and the chunk's mean key, as in
     TriForce, which takes memory on the device."""
+    dtype: ChunkDtype = ChunkDtype.auto
+    """Of the chosen chunks: auto, int8 or int4, for a larger budget in the same memory. Reading them takes longer; what
+    is generated does not change, since drafts are verified."""
     newest_share: float = 0.5
     """Of the budget: newest tokens, kept whatever their score; 1 makes it a recent window, for comparison."""
     summary_tokens: int = 64

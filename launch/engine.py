@@ -35,7 +35,7 @@ from tiers.full_cache import BlockLayer, DeviceLayer, FullCache
 from tiers.memory import device_free_bytes, disk_free_bytes, host_free_bytes, num_idle_cores
 from tiers.pinned_host_tier import PinnedHostTier, can_pin
 from tiers.plan import MemoryPlan, PlanInput, make_plan
-from tiers.retrieval_cache import RetrievalCache
+from tiers.quantised_retrieval_cache import make_retrieval_cache
 from tiers.retrieval_selection import RetrievalSelection
 from tiers.streaming_llm_cache import StreamingLLMCache
 from tiers.transfer import BlockWriter, Link, make_streamer
@@ -352,12 +352,13 @@ class _Builder:
 
     def _retriever(self, target) -> RetrievalDrafter:
         tail = retrieval_tail_tokens(self._config, self._max_new_tokens)
-        budget, slack = self._config.cache.retrieval.budget, self._plan.slack_tokens
+        retrieval, slack = self._config.cache.retrieval, self._plan.slack_tokens
         num_summaries = 0
-        if group_tokens := self._config.cache.retrieval.summary_tokens:
-            num_summaries = (self._plan.max_tokens + slack) // group_tokens
+        if retrieval.summary_tokens:
+            num_summaries = (self._plan.max_tokens + slack) // retrieval.summary_tokens
         shape = self._prepared.target.cache_shape
-        cache = RetrievalCache(shape, budget, tail, slack, self._device_tier, num_summaries)
+        sizes = (shape, retrieval.budget, tail, slack, self._device_tier, num_summaries)
+        cache = make_retrieval_cache(retrieval.dtype.bits, *sizes)
         return RetrievalDrafter(RetrievalModel(target, cache), self._coupling(LEVEL_RETRIEVAL))
 
     def _drafter(self, vocab_size: int):

@@ -6,7 +6,7 @@ lucky draws: sum(min(p, q)) under maximal coupling, and the chance of a common w
 Musco, Suresh 2408.07978). One prompt is read once for all budgets.
 
 `compare` holds other rules of choosing chunks against `rule`: Quest's page bound (arXiv 2406.10774), and an oracle that
-knows what the tokens to come will attend to.
+knows what the tokens to come will attend to; or other ways of storing them (int8, int4) against `retrieval_dtype`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conf.schema import (
     CacheConfig,
+    ChunkDtype,
     ChunkRule,
     DecodingConfig,
     Dtype,
@@ -41,7 +42,7 @@ from tiers.chunk_index import ChunkIndex, best_chunks
 from tiers.context_summary import ContextSummary
 from tiers.device_tier import DeviceTier
 from tiers.full_cache import DeviceLayer, FullCache
-from tiers.retrieval_cache import RetrievalCache
+from tiers.quantised_retrieval_cache import make_retrieval_cache
 from tiers.retrieval_selection import RetrievalSelection
 from tiers.streaming_llm_cache import StreamingLLMCache
 from workers.acceptance import KeyedRandom, distribution
@@ -125,16 +126,19 @@ class Measurement:
         num_groups = capacity // cfg.summary_tokens
         self._selections, self._drafts = {}, {}
         for budget in cfg.budgets:
-            for name, rule, share, of_rest, num_summaries in (
-                (RETRIEVAL, cfg.rule, cfg.newest_share, summary, num_groups),
-                (CHOSEN, cfg.rule, cfg.newest_share, None, 0),
-                (RECENT, cfg.rule, 1.0, None, 0),
-                *((name, name, cfg.newest_share, summary, num_groups) for name in cfg.compare),
+            for name, share, of_rest, num_summaries in (
+                (RETRIEVAL, cfg.newest_share, summary, num_groups),
+                (CHOSEN, cfg.newest_share, None, 0),
+                (RECENT, 1.0, None, 0),
+                *((name, cfg.newest_share, summary, num_groups) for name in cfg.compare),
             ):
+                rule = name if name in rules else cfg.rule
+                dtype = ChunkDtype(name if name in list(ChunkDtype) else cfg.retrieval_dtype)
                 key = (name, int(budget))
                 selection = RetrievalSelection(cache, rules[rule], facts.windows, budget, share, of_rest)
                 self._selections[key] = selection
-                draft_cache = RetrievalCache(shape, budget, cfg.new_tokens + 64, 8, tier, num_summaries)
+                sizes = (shape, budget, cfg.new_tokens + 64, 8, tier, num_summaries)
+                draft_cache = make_retrieval_cache(dtype.bits, *sizes)
                 self._drafts[key] = RetrievalModel(target_weights, draft_cache)
         observing = RetrievalSelection(cache, self._mass, facts.windows, 0, 0.0, summary)
         self._target = TargetModel(

@@ -30,10 +30,20 @@ from conf.schema import LOOKUP_DRAFTER, ConfigError, RunConfig, require
 from launch.overrides import CONFIG_FOLDER
 from launch.sizing import FreeBytes, ModelSize, plan_input
 from tiers.base import BlockShape, CacheShape, page_aligned
-from tiers.cost import ModelCost, Round, Speeds, Streamed, forward_seconds, prefill_seconds, triforce_round
+from tiers.cost import (
+    ModelCost,
+    Round,
+    Speeds,
+    Streamed,
+    dequantise_seconds,
+    forward_seconds,
+    prefill_seconds,
+    triforce_round,
+)
 from tiers.disk_tier import DiskTier
 from tiers.memory import disk_free_bytes, host_free_bytes
 from tiers.plan import MemoryPlan, make_plan
+from tiers.quantisation import quantised_bytes
 
 MEASURED_SECONDS = 0.3
 COPY_BYTES = 256 << 20
@@ -190,6 +200,11 @@ def forecast(config: PlanConfig, hardware: HardwareConfig) -> Forecast:
     draft_step = forward_seconds(alone, _cost(drafter, config), 1, window, Streamed()) if drafter else 0.0
     gamma1 = decoding.gamma1 if config.uses_drafter else 0
     retrieval_step = forward_seconds(speeds, cost, gamma1 + 1, retrieval.budget, Streamed())
+    if retrieval.dtype.bits is not None:
+        num_bytes = quantised_bytes(
+            _size(target, _dtype(config), 1).cache_shape, retrieval.budget, retrieval.dtype.bits
+        )
+        retrieval_step += dequantise_seconds(speeds, cost, retrieval.budget, num_bytes)
     return Forecast(
         plan=plan,
         prefill_seconds=prefill_seconds(speeds, cost, num_keys, streamed),

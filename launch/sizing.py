@@ -61,9 +61,9 @@ def plan_input(
     free: FreeBytes,
 ) -> PlanInput:
     """For a prompt and its continuation of `max_tokens` in all."""
-    slots, retrieval = 0, config.cache.retrieval
+    budget, tail, retrieval = 0, 0, config.cache.retrieval
     if config.uses_retrieval:
-        slots = retrieval.budget + retrieval_tail_tokens(config, max_new_tokens)
+        budget, tail = retrieval.budget, retrieval_tail_tokens(config, max_new_tokens)
     streaming = config.cache.streaming
     return PlanInput(
         target_shape=target.cache_shape,
@@ -71,10 +71,12 @@ def plan_input(
         hidden_bytes_per_token=target.hidden_size * target.cache_shape.dtype.itemsize,
         max_tokens=max_tokens,
         slack_tokens=slack_tokens(config),
-        retrieval_slots=slots,
+        retrieval_budget=budget,
+        retrieval_tail=tail,
+        retrieval_bits=retrieval.dtype.bits,
         chunk_size=retrieval.chunk_size,
         keeps_mean_keys=retrieval.rule == ChunkRule.mean_key,
-        ahead_tokens=retrieval.budget if config.uses_retrieval and retrieval.rebuild != "never" else 0,
+        ahead_tokens=budget if retrieval.rebuild != "never" else 0,
         summary_tokens=retrieval.summary_tokens,
         drafter_shape=drafter.cache_shape if drafter else None,
         drafter_weight_bytes=drafter.num_weight_bytes if drafter else 0,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -19,6 +19,8 @@ from tiers.device_tier import DeviceTier
 from tiers.disk_tier import DiskTier
 from tiers.full_cache import BlockLayer, DeviceLayer, FullCache
 from tiers.pinned_host_tier import PinnedHostTier
+from tiers.quantisation import allocate_quantised, dequantise, quantise
+from tiers.quantised_retrieval_cache import QuantisedRetrievalCache, make_retrieval_cache
 from tiers.retrieval_cache import LayerUpdate, RetrievalCache, RetrievalUpdate
 from tiers.streaming_llm_cache import StreamingLLMCache
 from tiers.transfer import BlockWriter, make_streamer
@@ -29,7 +31,9 @@ SHAPE = CacheShape(num_layers=2, num_kv_heads=2, head_dim=4, dtype=torch.float32
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:
     """Fills it with values that no test writes, and that arithmetic carries on."""
-    return tensor.fill_(torch.nan if tensor.is_floating_point() else -(2**40))
+    if tensor.is_floating_point():
+        return tensor.fill_(torch.nan)
+    return tensor.fill_(-(2**40) if tensor.dtype == torch.int64 else torch.iinfo(tensor.dtype).max)
 
 
 class PoisonedDeviceTier(DeviceTier):
@@ -113,9 +117,22 @@ def streaming_llm_cache() -> StreamingLLMCache:
     return StreamingLLMCache(SHAPE, sinks=4, window=80, slack=18, tier=PoisonedDeviceTier())
 
 
-def retrieval_cache(num_retrieved: int) -> RetrievalCache:
+def retrieval_cache(num_retrieved: int, bits: int | None = None) -> RetrievalCache | QuantisedRetrievalCache:
     """Its first chunks are loaded by `prepare`, as the verifier would."""
-    return RetrievalCache(SHAPE, budget=num_retrieved, tail_tokens=102, slack=6, tier=PoisonedDeviceTier())
+    sizes = {"budget": num_retrieved, "tail_tokens": 102, "slack": 6}
+    return make_retrieval_cache(bits, SHAPE, **sizes, tier=PoisonedDeviceTier())
+
+
+def rounded(rows: torch.Tensor, bits: int | None) -> torch.Tensor:
+    """Rows [H, N, D] as they come back from `bits` a value; None: as they are."""
+    num_tokens = rows.shape[1]
+    if bits is None or num_tokens == 0:
+        return rows
+    stored = allocate_quantised(PoisonedDeviceTier(), replace(SHAPE, num_layers=1), num_tokens, bits).part(0, 0)
+    out = torch.empty(SHAPE.num_kv_heads, padded(num_tokens), SHAPE.head_dim)
+    quantise(rows, stored, bits)
+    dequantise(stored, out)
+    return out[:, :num_tokens]
 
 
 @dataclass(frozen=True)
@@ -126,6 +143,8 @@ class CacheCase:
     make: Callable
     num_layers: int = SHAPE.num_layers
     num_retrieved: int = 0
+    bits: int | None = None
+    """Of a value of what is retrieved."""
 
     def new(self) -> tuple[object, Reference]:
         """An empty cache and the reference that goes with it."""
@@ -151,6 +170,7 @@ class CacheCase:
                     ],
                 )
             )
+            reference.round(self.num_retrieved, self.bits)
 
 
 FULL_CACHES = [
@@ -168,6 +188,10 @@ FULL_CACHES = [
 RETRIEVAL_CACHES = [
     CacheCase("retrieval, nothing retrieved", lambda: retrieval_cache(0)),
     CacheCase("retrieval, 20 tokens retrieved", lambda: retrieval_cache(20), num_retrieved=20),
+    *(
+        CacheCase(f"retrieval, {bits} bits", partial(retrieval_cache, 20, bits), num_retrieved=20, bits=bits)
+        for bits in (8, 4)
+    ),
 ]
 STREAMING_LLM_CACHES = [CacheCase("streaming", streaming_llm_cache)]
 ALL_CACHES = FULL_CACHES + RETRIEVAL_CACHES + STREAMING_LLM_CACHES
@@ -201,6 +225,12 @@ class Reference:
         for tokens, (k, v) in zip(self.tokens, new, strict=True):
             tokens += [(k[:, at].clone(), v[:, at].clone()) for at in range(num_new)]
         return new
+
+    def round(self, num_tokens: int, bits: int | None) -> None:
+        """The first tokens are as they come back from `bits` a value."""
+        for layer, tokens in enumerate(self.tokens):
+            k, v = (rounded(rows, bits) for rows in self.read(layer, 0, num_tokens))
+            tokens[:num_tokens] = [(k[:, at], v[:, at]) for at in range(num_tokens)]
 
     def truncate(self, length: int) -> None:
         for tokens in self.tokens:

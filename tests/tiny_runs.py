@@ -10,6 +10,7 @@ from pathlib import Path
 
 from conf.schema import (
     CacheConfig,
+    ChunkDtype,
     ChunkRule,
     DecodingConfig,
     DiskConfig,
@@ -51,6 +52,7 @@ def tiny_run(
     budget: int = 4 * CHUNK,
     rebuild: str = "adaptive",
     rule: ChunkRule = ChunkRule.attention,
+    chunk_dtype: ChunkDtype = ChunkDtype.auto,
     summary_tokens: int = 2 * CHUNK,
     sinks: int = 4,
     window: int = 40,
@@ -66,7 +68,12 @@ def tiny_run(
         cache=CacheConfig(
             full=FullCacheConfig(tier=tier, block_tokens=str(BLOCK_TOKENS)),
             retrieval=RetrievalCacheConfig(
-                budget=budget, chunk_size=CHUNK, rebuild=rebuild, rule=rule, summary_tokens=summary_tokens
+                budget=budget,
+                chunk_size=CHUNK,
+                rebuild=rebuild,
+                rule=rule,
+                dtype=chunk_dtype,
+                summary_tokens=summary_tokens,
             ),
             streaming=StreamingCacheConfig(sinks=sinks, window=window),
         ),

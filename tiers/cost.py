@@ -54,6 +54,12 @@ def forward_seconds(speeds: Speeds, model: ModelCost, num_rows: int, num_keys: i
     return max(computed, over_link, streamed.disk_bytes / speeds.disk_gb_per_s / 1e9)
 
 
+def dequantise_seconds(speeds: Speeds, model: ModelCost, num_keys: int, quantised_bytes: int) -> float:
+    """What a pass takes longer over keys in `quantised_bytes`: read them, write, read and write them as the model's."""
+    moved = quantised_bytes + 3 * num_keys * model.kv_bytes_per_token
+    return moved / speeds.num_devices / speeds.device_gb_per_s / 1e9
+
+
 def prefill_seconds(speeds: Speeds, model: ModelCost, num_tokens: int, streamed: Streamed) -> float:
     """Reads a prompt, each layer once over all of it; its keys and values leave for their tiers meanwhile."""
     products = 2 * num_tokens * model.num_parameters

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from conf.schema import CacheConfig, ConfigError, FullCacheTier
 from tiers.base import CacheShape, padded, padded_to_pages
+from tiers.quantisation import quantised_bytes
 
 MAX_BLOCK_BYTES = 8 << 20
 """Attention over a block costs a few dozen small operations on top, as long as the copy of some MiB."""
@@ -29,8 +30,12 @@ class PlanInput:
     """Prompt and generated tokens."""
     slack_tokens: int
     """Tentative tokens on top, of one round."""
-    retrieval_slots: int = 0
-    """Budget and tail of the retrieval cache, per layer and kv head; 0: no such level."""
+    retrieval_budget: int = 0
+    """Of the retrieval cache, per layer and kv head; 0: no such level."""
+    retrieval_tail: int = 0
+    """Room for newer tokens in it."""
+    retrieval_bits: int | None = None
+    """Of a value of its chosen chunks; None: as the model has them."""
     chunk_size: int = 8
     keeps_mean_keys: bool = False
     """Of each chunk; else one number."""
@@ -188,10 +193,8 @@ def _plan_with(inputs: PlanInput, cache: CacheConfig, num_device_layers: int, nu
             plan.host_bytes["staging buffers"] = buffer_bytes if num_disk_layers or inputs.checks_host else 0
     if plan.hidden_tier == "device":
         prefill_bytes += hidden_bytes
-    if inputs.retrieval_slots:
-        slots = padded(inputs.retrieval_slots)
-        positions = shape.num_layers * shape.num_kv_heads * slots * 8
-        plan.device_bytes["retrieval cache"] = slots * shape.bytes_per_token + positions
+    if inputs.retrieval_budget:
+        plan.device_bytes |= _retrieval_bytes(inputs)
         heads, num_chunks = shape.num_layers * shape.num_kv_heads, -(-capacity // inputs.chunk_size)
         if inputs.keeps_mean_keys:
             plan.device_bytes["chunk scores"] = num_chunks * shape.bytes_per_token // 2
@@ -200,17 +203,31 @@ def _plan_with(inputs: PlanInput, cache: CacheConfig, num_device_layers: int, nu
         if num_ahead := num_block_layers * inputs.ahead_tokens:
             plan.device_bytes["chunks ahead"] = num_ahead * per_layer
             plan.device_bytes["places of chunks ahead"] = num_ahead * shape.num_kv_heads * 3 * 8
+        exact_bytes = _retrieval_bytes(replace(inputs, retrieval_bits=None))["retrieval cache"]
         if inputs.summary_tokens:
             groups = capacity // inputs.summary_tokens
-            plan.device_bytes["retrieval cache"] += padded(groups) * (shape.bytes_per_token + heads * 4)
+            summary_bytes = padded(groups) * (shape.bytes_per_token + heads * 4)
+            plan.device_bytes["retrieval cache"] += summary_bytes
+            exact_bytes += summary_bytes
             plan.device_bytes["means of groups"] = groups * shape.bytes_per_token + heads * 2 * shape.head_dim * 4
-        # What a rebuild brings of one layer, and as much to put it together.
-        update_bytes = 2 * plan.device_bytes["retrieval cache"] // shape.num_layers
+        # What a rebuild brings of one layer, and as much to put it together; keys are quantised in fp32, then values.
+        update_bytes = (2 if inputs.retrieval_bits is None else 4) * exact_bytes // shape.num_layers
     # A layer of the prompt and its hidden states are there in prefill alone, an update in decoding alone.
     plan.device_bytes["workspace"] = max(prefill_bytes, update_bytes)
     if inputs.drafter_shape is not None:
         plan.device_bytes["streaming cache"] = padded(inputs.drafter_slots) * inputs.drafter_shape.bytes_per_token
     return plan
+
+
+def _retrieval_bytes(inputs: PlanInput) -> dict[str, int]:
+    """Of chosen chunks and newer tokens, with their positions, and of the layer that is dequantised."""
+    shape, budget, tail = inputs.target_shape, inputs.retrieval_budget, inputs.retrieval_tail
+    heads = shape.num_layers * shape.num_kv_heads
+    if inputs.retrieval_bits is None:
+        return {"retrieval cache": padded(budget + tail) * (shape.bytes_per_token + heads * 8)}
+    chunks = quantised_bytes(shape, budget, inputs.retrieval_bits) + padded(budget) * heads * 4
+    newer = padded(tail) * (shape.bytes_per_token + heads * 8)
+    return {"retrieval cache": chunks + newer, "dequantised chunks": padded(budget) * shape.bytes_per_token_and_layer}
 
 
 def _available(inputs: PlanInput) -> dict[str, int]:
@@ -242,7 +259,7 @@ def _refusal(plans: list[MemoryPlan], inputs: PlanInput, cache: CacheConfig) -> 
         else "Use a smaller model, or set model.dtype=bfloat16"
     )
     move = "" if cache.full.tier == FullCacheTier.auto else ", or cache.full.tier=auto"
-    move += ", or a smaller cache.retrieval.budget" if inputs.retrieval_slots else ""
+    move += ", or a smaller cache.retrieval.budget" if inputs.retrieval_budget else ""
     move += "".join(
         f", or cache.full.{key}=auto" for key in ("device_layers", "host_layers") if getattr(cache.full, key) != "auto"
     )

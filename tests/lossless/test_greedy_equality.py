@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conf.schema import LOOKUP_DRAFTER, NO_DRAFTER, ChunkRule, Mode
+from conf.schema import LOOKUP_DRAFTER, NO_DRAFTER, ChunkDtype, ChunkRule, Mode
 from tests.tiny_models import FAMILIES, WINDOW, greedy_tokens, random_prompt
 from tests.tiny_runs import ALL, CHUNK, DEVICE, DISK, HOST, generate, tiny_run
 
@@ -86,6 +86,26 @@ def test_every_setting_gives_the_same_tokens(pair, wanted, gamma1, gamma2, budge
     assert generate(config, random_prompt(NUM_PROMPT_TOKENS), NUM_TOKENS).tokens == wanted
 
 
+QUANTISED = pytest.mark.parametrize("chunk_dtype", [ChunkDtype.int8, ChunkDtype.int4])
+
+
+@QUANTISED
+@pytest.mark.parametrize("rebuild", REBUILDS)
+def test_quantised_chunks_give_the_same_tokens(pair, wanted, chunk_dtype, rebuild):
+    for tier, budget, gamma2 in ((HOST, 4 * CHUNK, 6), (DEVICE, CHUNK, 1), (DISK, ALL, 16)):
+        knobs = {"budget": budget, "gamma2": gamma2, "rebuild": rebuild, "chunk_dtype": chunk_dtype}
+        config = tiny_run(*pair, triforce, tier, **knobs)
+        assert generate(config, random_prompt(NUM_PROMPT_TOKENS), NUM_TOKENS).tokens == wanted
+
+
+@QUANTISED
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "qwen3"])
+def test_quantised_chunks_in_layers_with_windows_give_the_same_tokens(checkpoints, family, chunk_dtype):
+    target, prompt = checkpoints(family), random_prompt(NUM_PROMPT_TOKENS)
+    config = tiny_run(target, checkpoints(family, seed=1), triforce, HOST, chunk_dtype=chunk_dtype)
+    assert generate(config, prompt, NUM_TOKENS).tokens == greedy_tokens(target, prompt, NUM_TOKENS)
+
+
 @pytest.mark.parametrize("tier", [DEVICE, HOST])
 @pytest.mark.parametrize("mode", [triforce, streaming])
 @pytest.mark.parametrize("drafter", [LOOKUP_DRAFTER, NO_DRAFTER])
@@ -113,6 +133,17 @@ def test_a_retrieval_cache_that_holds_everything_is_always_right(checkpoints):
         config = tiny_run(checkpoints(family), mode=retrieval, tier=HOST, budget=ALL)
         result = generate(config, random_prompt(100), NUM_TOKENS)
         assert result.num_proposed == result.num_accepted > 0
+
+
+def test_drafts_on_eight_bits_are_mostly_right_where_exact_ones_always_are(pair):
+    def accepted(chunk_dtype):
+        config = tiny_run(pair[0], mode=retrieval, budget=ALL, rebuild="never", chunk_dtype=chunk_dtype)
+        result = generate(config, random_prompt(NUM_PROMPT_TOKENS), 64)
+        return result.num_accepted / result.num_proposed
+
+    assert accepted(ChunkDtype.auto) == 1
+    assert accepted(ChunkDtype.int8) > 0.8
+    assert accepted(ChunkDtype.int4) < accepted(ChunkDtype.int8), "negative control: the chunks are read"
 
 
 def test_random_models_and_small_caches_are_often_wrong(pair):

@@ -46,6 +46,7 @@ CACHES_MAY_IMPORT = {
     "tiers.chunk_index",
     "tiers.context_summary",
     "tiers.retrieval_cache",
+    "tiers.quantisation",
 }
 """Other caches, sizes and streams: what a cache's memory is, it is told."""
 

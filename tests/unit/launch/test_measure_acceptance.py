@@ -49,6 +49,17 @@ def test_a_budget_above_the_context_is_accepted_always_and_a_small_one_not(tmp_p
         assert row.gumbel <= row.maximal + 1e-6  # sums of fp32
 
 
+def test_eight_bits_draft_nearly_as_the_model_s_own_dtype_does(tmp_path, monkeypatch):
+    changes = {"contexts": [1500], "budgets": [128], "new_tokens": 16}
+    rows = run(tmp_path, monkeypatch, **changes, compare=["int8", "int4"])
+    exact = rows[measure.RETRIEVAL, 128].maximal
+    assert rows["int8", 128].maximal == pytest.approx(exact, abs=0.01)
+    assert rows["int4", 128].maximal == pytest.approx(exact, abs=0.1)
+    assert len({exact, rows["int8", 128].maximal, rows["int4", 128].maximal}) == 3
+    all_in_eight = run(tmp_path, monkeypatch, **changes, retrieval_dtype="int8")
+    assert all_in_eight[measure.RETRIEVAL, 128].maximal == rows["int8", 128].maximal
+
+
 def test_rules_are_compared_and_the_oracle_is_best(tmp_path, monkeypatch):
     rows = run(
         tmp_path,

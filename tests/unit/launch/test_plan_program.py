@@ -31,6 +31,17 @@ def test_published_time_between_tokens_on_two_4090s_is_met_within_a_tenth():
     assert plain.autoregressive_seconds == pytest.approx(0.840, rel=0.1)
 
 
+def test_quantised_chunks_let_a_budget_fit_and_drafting_takes_longer():
+    settings = ["model=llama2-7b-128k", "hardware=rtx4090", "decoding.gamma2=16"]
+    large = [*settings, "cache.retrieval.budget=12288"]
+    with pytest.raises(ConfigError, match="a smaller cache.retrieval.budget"):
+        forecast(*large)
+    assert forecast(*large, "cache.retrieval.dtype=int8").plan.num_host_layers == 32
+    exact, int4 = forecast(*settings), forecast(*settings, "cache.retrieval.dtype=int4")
+    assert int4.plan.device_bytes["retrieval cache"] < exact.plan.device_bytes["retrieval cache"]
+    assert int4.round.retrieval_seconds > exact.round.retrieval_seconds
+
+
 def test_forecast_of_autoregressive_decoding_has_no_draft():
     made = forecast("model=llama3.1-8b", "hardware=h200", "decoding.mode=autoregressive")
     assert made.round.draft_seconds == made.round.retrieval_seconds == 0

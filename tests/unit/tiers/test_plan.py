@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from conf.schema import (
     CacheConfig,
+    ChunkDtype,
     ConfigError,
     DecodingConfig,
     Dtype,
@@ -45,7 +46,8 @@ INPUTS = PlanInput(
     target_weight_bytes=100 * MIB,
     max_tokens=20_000,
     slack_tokens=12,
-    retrieval_slots=1300,
+    retrieval_budget=1024,
+    retrieval_tail=276,
     drafter_shape=CacheShape(num_layers=2, num_kv_heads=2, head_dim=64, dtype=torch.bfloat16),
     drafter_weight_bytes=10 * MIB,
     drafter_slots=576,
@@ -349,6 +351,8 @@ CONFIGURATIONS = {
     "streaming": {"mode": Mode.streaming, "tier": FullCacheTier.host, "block_tokens": "32"},
     "autoregressive": {"mode": Mode.autoregressive, "tier": FullCacheTier.host, "block_tokens": "32"},
     "budget above the prompt": {"retrieval": {"budget": 4096}},
+    "quantised chunks": {"retrieval": {"budget": 200, "dtype": ChunkDtype.int8}},
+    "chunks of 4 bits, host": {"tier": FullCacheTier.host, "retrieval": {"budget": 256, "dtype": ChunkDtype.int4}},
     "odd chunks, never rebuilt": {"retrieval": {"budget": 130, "chunk_size": 13, "rebuild": "never"}},
     "sliding windows": {"target": "gemma2", "drafter": "gemma2", "device_layers": "1", "block_tokens": "16"},
     "tied weights": {"target": "qwen2", "drafter": "qwen2", "tier": FullCacheTier.host, "block_tokens": "16"},
@@ -426,7 +430,7 @@ def test_the_limit_of_a_cgroup_below_free_memory_is_honoured(monkeypatch, tmp_pa
 
 def test_where_there_is_no_room_to_collect_chunks_they_are_fetched():
     """Rather than refused, or put on a slower tier."""
-    inputs = replace(INPUTS, retrieval_slots=600, ahead_tokens=512)
+    inputs = replace(INPUTS, retrieval_budget=512, retrieval_tail=88, ahead_tokens=512)
     cache = CacheConfig(full=FullCacheConfig(tier=FullCacheTier.host))
     plan = make_plan(inputs, cache)
     assert plan.chooses_ahead and plan.device_bytes["chunks ahead"] > 0

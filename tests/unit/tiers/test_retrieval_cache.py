@@ -19,8 +19,11 @@ from tests.all_caches import (
     joined,
     positions_of,
     random_kv,
+    rounded,
 )
 from tiers.base import padded
+from tiers.quantisation import quantised_bytes
+from tiers.quantised_retrieval_cache import QuantisedRetrievalCache, make_retrieval_cache
 from tiers.retrieval_cache import LayerUpdate, RetrievalCache, RetrievalUpdate
 
 REPEATABLE = settings(derandomize=True, deadline=None, max_examples=100)
@@ -43,8 +46,8 @@ def test_failed_pass_leaves_no_trace(case):
     check_abort(case)
 
 
-def new_cache(tail_tokens: int = 40) -> RetrievalCache:
-    return RetrievalCache(SHAPE, BUDGET, tail_tokens, SLACK, PoisonedDeviceTier())
+def new_cache(tail_tokens: int = 40, bits: int | None = None) -> RetrievalCache | QuantisedRetrievalCache:
+    return make_retrieval_cache(bits, SHAPE, BUDGET, tail_tokens, SLACK, PoisonedDeviceTier())
 
 
 def random_layers(num_tokens: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -61,17 +64,24 @@ def random_positions(num_tokens: int, length: int, seed: int) -> list[torch.Tens
 
 
 class Model:
-    """The cache as it should be: per layer all tokens held, in order, and their positions."""
+    """The cache as it should be: per layer all tokens held, in order, and their positions.
 
-    def __init__(self):
+    What a rebuild brings within the budget comes back from `bits` a value.
+    """
+
+    def __init__(self, bits: int | None):
+        self._bits = bits
         self.base = self.length = 0
         self.kv = [(torch.empty(HEADS, 0, SHAPE.head_dim),) * 2 for _ in range(LAYERS)]
         self.positions = [torch.empty(HEADS, 0, dtype=torch.int64) for _ in range(LAYERS)]
 
     def rebuild(self, update: RetrievalUpdate) -> None:
         self.base = self.length = update.length
-        self.kv = [(new.k, new.v) for new in update.layers]
+        self.kv = [(self._as_stored(new.k), self._as_stored(new.v)) for new in update.layers]
         self.positions = [new.positions for new in update.layers]
+
+    def _as_stored(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.cat([rounded(rows[:, :BUDGET], self._bits), rows[:, BUDGET:]], dim=1)
 
     def truncate(self, length: int) -> None:
         num_dropped = self.length - length
@@ -103,9 +113,9 @@ STEPS = st.lists(
 
 
 @REPEATABLE
-@given(steps=STEPS)
-def test_any_history_shows_the_tokens_held_at_their_positions(steps):
-    cache, model, num_true = new_cache(), Model(), 0
+@given(steps=STEPS, bits=st.sampled_from([None, 8, 4]))
+def test_any_history_shows_the_tokens_held_at_their_positions(steps, bits):
+    cache, model, num_true = new_cache(bits=bits), Model(bits), 0
     for seed, (what, number) in enumerate([("rebuild", 7), *steps]):
         if cache.is_full:
             what = "rebuild"
@@ -132,7 +142,7 @@ def test_any_history_shows_the_tokens_held_at_their_positions(steps):
             num_true += num_new
         else:
             num_true = max(num_true, model.length, 30) + number % 50
-            num_retrieved = number % (BUDGET + 1)
+            num_retrieved = number % (BUDGET + 4)  # the tokens behind the last chunk come on top
             update = rebuild_of(num_retrieved, num_true, seed)
             cache.load(update)
             model.rebuild(update)
@@ -214,3 +224,11 @@ def test_memory_is_that_of_budget_tail_and_positions():
     RetrievalCache(SHAPE, 100, 29, 3, tier)
     slots = 192
     assert tier.used_bytes == slots * SHAPE.bytes_per_token + slots * LAYERS * HEADS * 8
+
+
+def test_quantised_chunks_are_counted_with_the_layer_that_is_read():
+    tier = PoisonedDeviceTier()
+    QuantisedRetrievalCache(4, SHAPE, 100, 29, 3, tier)
+    newer = 64 * (SHAPE.bytes_per_token + LAYERS * HEADS * 8)
+    chunks = quantised_bytes(SHAPE, 100, 4) + 128 * LAYERS * HEADS * 4
+    assert tier.used_bytes == newer + chunks + 128 * SHAPE.bytes_per_token_and_layer

@@ -1,0 +1,99 @@
+"""Level 2 in less memory: a retrieval cache whose chosen chunks are quantised. Newer tokens and the summary are exact.
+
+Reading a layer dequantises its chunks into a workspace that all layers share: memory is saved, no time. The target
+verifies what is drafted on it, so nothing that is generated changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from tiers.base import CacheShape, Segment, Tier, padded
+from tiers.quantisation import allocate_quantised, dequantise, quantise
+from tiers.retrieval_cache import LayerUpdate, RetrievalCache, RetrievalUpdate
+
+KEYS, VALUES = 0, 1
+
+
+class QuantisedRetrievalCache:
+    """See tiers.retrieval_cache.RetrievalCache. Of what a rebuild brings, the first `budget` tokens are quantised."""
+
+    def __init__(
+        self,
+        bits: int,
+        shape: CacheShape,
+        budget: int,
+        tail_tokens: int,
+        slack: int,
+        tier: Tier,
+        num_summaries: int = 0,
+    ):
+        self._bits, self._budget = bits, budget
+        self._newer = RetrievalCache(shape, 0, tail_tokens, slack, tier, num_summaries)
+        self._chunks = allocate_quantised(tier, shape, budget, bits)
+        size = (shape.num_layers, shape.num_kv_heads, padded(budget))
+        self._positions = tier.allocate(*size, dtype=torch.int32).zero_()
+        self._workspace = tier.allocate(2, *size[1:], shape.head_dim, dtype=shape.dtype).zero_()
+        self._num_chosen = 0
+
+    def reset(self) -> None:
+        self._newer.reset()
+        self._num_chosen = 0
+
+    @property
+    def length(self) -> int:
+        return self._newer.length
+
+    @property
+    def base(self) -> int:
+        return self._newer.base
+
+    @property
+    def is_full(self) -> bool:
+        return self._newer.is_full
+
+    def load(self, update: RetrievalUpdate) -> None:
+        if update.is_rebuild:
+            layers = (self._load_chosen(layer, new) for layer, new in enumerate(update.layers))
+            update = RetrievalUpdate(is_rebuild=True, start=update.start, length=update.length, layers=layers)
+        self._newer.load(update)
+
+    def _load_chosen(self, layer: int, new: LayerUpdate) -> LayerUpdate:
+        """Quantises what the budget has room for; returns the rest."""
+        count = self._num_chosen = min(self._budget, new.k.shape[1])
+        if count:
+            quantise(new.k[:, :count], self._chunks.part(layer, KEYS), self._bits)
+            quantise(new.v[:, :count], self._chunks.part(layer, VALUES), self._bits)
+            self._positions[layer, :, :count] = new.positions[:, :count]
+        return LayerUpdate(new.k[:, count:], new.v[:, count:], new.positions[:, count:], new.summary)
+
+    def begin(self, num_new: int) -> None:
+        self._newer.begin(num_new)
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        self._newer.append(layer, k, v)
+
+    def segments(self, layer: int) -> Iterator[Segment]:
+        if end := self._num_chosen:
+            stop = padded(end)
+            k, v = self._workspace[:, :, :stop]
+            dequantise(self._chunks.part(layer, KEYS), k)
+            dequantise(self._chunks.part(layer, VALUES), v)
+            yield Segment(k, v, positions=self._positions[layer, :, :stop], num_pad=stop - end)
+        yield from self._newer.segments(layer)
+
+    def end(self) -> None:
+        self._newer.end()
+
+    def abort(self) -> None:
+        self._newer.abort()
+
+    def truncate(self, length: int) -> None:
+        self._newer.truncate(length)
+
+
+def make_retrieval_cache(bits: int | None, *sizes, **more) -> RetrievalCache | QuantisedRetrievalCache:
+    """`bits` of a value of the chosen chunks, or None: as the model has them. The rest goes to the constructor."""
+    return RetrievalCache(*sizes, **more) if bits is None else QuantisedRetrievalCache(bits, *sizes, **more)
