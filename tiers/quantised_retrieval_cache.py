@@ -69,6 +69,17 @@ class QuantisedRetrievalCache:
             self._positions[layer, :, :count] = new.positions[:, :count]
         return LayerUpdate(new.k[:, count:], new.v[:, count:], new.positions[:, count:], new.summary)
 
+    @property
+    def written(self) -> tuple[int, list[int]]:
+        num_slots, num_summaries = self._newer.written
+        return self._num_chosen + num_slots, num_summaries
+
+    def adopt(self, *, is_rebuild: bool, length: int, num_slots: int, num_summaries: list[int]) -> None:
+        if is_rebuild:
+            self._num_chosen = min(self._budget, num_slots)
+        num_newer = num_slots - self._num_chosen
+        self._newer.adopt(is_rebuild=is_rebuild, length=length, num_slots=num_newer, num_summaries=num_summaries)
+
     def begin(self, num_new: int) -> None:
         self._newer.begin(num_new)
 

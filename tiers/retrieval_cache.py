@@ -94,6 +94,17 @@ class RetrievalCache:
             self.base, self._num_retrieved = update.length, end
         self.length = update.length
 
+    @property
+    def written(self) -> tuple[int, list[int]]:
+        """What the last rebuild left: slots of the chosen chunks and what is behind them, summaries of each layer."""
+        return self._num_retrieved, list(self._num_summaries)
+
+    def adopt(self, *, is_rebuild: bool, length: int, num_slots: int, num_summaries: list[int]) -> None:
+        """Like `load`, for an update that was loaded in this cache's memory through another cache (see `written`)."""
+        if is_rebuild:
+            self.base, self._num_retrieved, self._num_summaries = length, num_slots, list(num_summaries)
+        self.length = length
+
     def _load_summary(self, layer: int, summary: Summary | None) -> None:
         count = 0 if summary is None else summary.k.shape[1]
         self._num_summaries[layer] = count

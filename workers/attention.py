@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -24,6 +24,13 @@ from tiers.base import KVCache, Segment
 ATTENTION_NAME = "tierforce"
 MATMUL_MAX_ROWS = 64
 SCORES_MAX_BYTES = 64 << 20
+
+
+@dataclass(slots=True)
+class Progress:
+    """Grows while a model computes: a process that stands still is known by it."""
+
+    num_layers: int = 0
 
 
 @dataclass(slots=True)
@@ -42,6 +49,7 @@ class ForwardPass:
     observe_mass: Callable | None = None
     chunk_size: int = 0
     keys_only: bool = False
+    progress: Progress = field(default_factory=Progress)
 
 
 class KeysKnown(Exception):  # noqa: N818
@@ -95,6 +103,7 @@ def _attention_of_heads(module, query, key, value, scaling, sliding_window, soft
     forward_pass = _ACTIVE.get()
     k, v = key[0], value[0]
     q = query[0].unflatten(0, (k.shape[0], -1))
+    forward_pass.progress.num_layers += 1
     forward_pass.cache.append(module.layer_idx, k, v)
     if forward_pass.observe is not None:
         forward_pass.observe(module.layer_idx, q, k, v)

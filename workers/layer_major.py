@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from workers.attention import ForwardPass, KeysKnown, active
+from workers.attention import ForwardPass, KeysKnown, Progress, active
 
 
 class LayerMajor:
     """The decoder of a transformers model, one layer at a time."""
 
-    def __init__(self, hf_model, device: torch.device):
-        self._decoder, self._device = hf_model.get_decoder(), device
+    def __init__(self, hf_model, device: torch.device, progress: Progress):
+        self._decoder, self._device, self._progress = hf_model.get_decoder(), device, progress
         self._layers = _decoder_layers(self._decoder)
         config = hf_model.config.get_text_config()
         self._hidden_size = config.hidden_size
@@ -65,7 +65,7 @@ class LayerMajor:
         """The hidden states behind the layer, or None behind the last, whose keys are all that matters."""
         start = cache.length
         see = None if observe is None else lambda layer, q, k, v: observe(layer, start, k, v)
-        with active(ForwardPass(cache, start, see, keys_only=is_last), states.shape[1]):
+        with active(ForwardPass(cache, start, see, keys_only=is_last, progress=self._progress), states.shape[1]):
             try:
                 out = self._layers[layer](states, *arguments[0], **arguments[1])
             except KeysKnown:

@@ -37,9 +37,12 @@ class Level:
         self._num_agreed = 0  # so many of them are known to equal the committed ones
         self.num_commits = 0
 
-    def prefill(self, prompt: list[int]) -> None:
-        """Reads the prompt but for its last token, whose logits the first verification asks for."""
-        self.committed, self.num_commits = list(prompt), 0
+    def prefill(self, prompt: list[int], num_commits: int = 0) -> None:
+        """Reads the prompt but for its last token, whose logits the first verification asks for.
+
+        A process that was restarted reads what `num_commits` commits have added to the prompt, too.
+        """
+        self.committed, self.num_commits = list(prompt), num_commits
         self._held = self.committed[:-1]
         self._num_agreed = len(self._held)
         self.model.prefill(self._held)

@@ -28,7 +28,7 @@ class LookupDrafter:
         # For each length: the tokens of a match -> the index of the token that followed its last occurrence.
         self._followers: dict[int, dict[tuple[int, ...], int]] = {}
 
-    def prefill(self, prompt: list[int]) -> None:
+    def prefill(self, prompt: list[int], num_commits: int = 0) -> None:
         self._tokens = []
         self._followers = {length: {} for length in range(self.MIN_MATCH, self.MAX_MATCH + 1)}
         self.commit(prompt)

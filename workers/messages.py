@@ -1,25 +1,32 @@
-"""What crosses between levels: a draft going up, a verdict coming back. Loads without torch."""
+"""What crosses between levels and between processes, typed. Loads without torch.
+
+Between levels: a draft goes up, a verdict comes back. Between processes: the orchestrator asks (`Call`), a worker
+answers (`Reply`, `Failure`) and tells how it is (`Hello`, `Beat`, `Ended`). workers.channel says how they travel.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import msgspec
+
+PROTOCOL_VERSION = 1
+"""Raised with every change of these types: processes of different versions refuse each other."""
 
 DRAFTER, RETRIEVAL, TARGET = "drafter", "retrieval", "target"
 
 
-@dataclass(kw_only=True, slots=True)
-class Draft:
+# ---- Between levels. ----
+
+
+class Draft(msgspec.Struct, kw_only=True, tag=True):
     """Proposed tokens, in order, each with the distribution it was drawn from."""
 
-    tokens: list[int] = field(default_factory=list)
-    origins: list[str] = field(default_factory=list)
+    tokens: list[int] = []
+    origins: list[str] = []
     """The level that first proposed each token."""
-    probs: list[torch.Tensor] | None = None
-    """One distribution [vocabulary] for each token; None where acceptance is by equality (gumbel, greedy)."""
+    probs: list[Any] | None = None
+    """One tensor [vocabulary] for each token; None where acceptance is by equality (gumbel, greedy)."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -37,18 +44,197 @@ class Draft:
         return Draft(tokens=self.tokens[:count], origins=self.origins[:count], probs=probs)
 
 
-@dataclass(kw_only=True, slots=True)
-class Verdict:
+class Verdict(msgspec.Struct, kw_only=True, tag=True):
     """What the verifying level makes of a draft: it keeps a prefix and adds one token of its own."""
 
     num_accepted: int
     next_token: int
 
 
-@dataclass(kw_only=True, slots=True)
-class InnerStep:
+class InnerStep(msgspec.Struct, kw_only=True, tag=True):
     """One verification by the retrieval draft: the tokens it hands up and how the drafter fared."""
 
     draft: Draft
     num_proposed: int
     num_accepted: int
+
+
+class UpdateNotice(msgspec.Struct, kw_only=True, tag=True):
+    """True keys and values for the retrieval cache, of one rank of the verifier; see workers.update_path."""
+
+    is_rebuild: bool
+    length: int
+    """Tokens of the sequence that the retrieval cache follows after it."""
+    start: int = 0
+    num_slots: int = 0
+    """Of a rebuild, where they were written to the retriever's memory: see RetrievalCache.written."""
+    num_summaries: list[int] = []
+    carried: list[list[Any]] | None = None
+    """Where they travel with the notice: of each layer k, v, positions and the summary's k, v, log_count."""
+
+
+# ---- What a role can be asked; see orchestrator.hierarchy for what each means. ----
+
+
+class Prefill(msgspec.Struct, tag=True):
+    tokens: list[int]
+    num_commits: int
+
+
+class Commit(msgspec.Struct, tag=True):
+    tokens: list[int]
+
+
+class Propose(msgspec.Struct, tag=True):
+    after: list[int]
+    count: int
+
+
+class Extend(msgspec.Struct, tag=True):
+    after: list[int]
+    draft: Draft
+
+
+class Verify(msgspec.Struct, tag=True):
+    draft: Draft
+
+
+class MakeUpdate(msgspec.Struct, tag=True):
+    rebuild: bool
+
+
+class TakeUpdate(msgspec.Struct, tag=True):
+    notices: list[UpdateNotice]
+    """Of each rank of the verifier."""
+
+
+class NeedsRebuild(msgspec.Struct, tag=True):
+    pass
+
+
+class Reread(msgspec.Struct, tag=True):
+    pass
+
+
+class Build(msgspec.Struct, tag=True):
+    """Load weights, make caches. `config` and `assignment` are plain JSON types of launch.roles."""
+
+    config: dict[str, Any]
+    assignment: dict[str, Any]
+
+
+class Attach(msgspec.Struct, tag=True):
+    """Other processes share memory by these names (a `Built.shared` of theirs)."""
+
+    shared: dict[str, Any]
+
+
+class MakeReport(msgspec.Struct, tag=True):
+    """Memory and streaming, for result.json."""
+
+
+Request = (
+    Prefill
+    | Commit
+    | Propose
+    | Extend
+    | Verify
+    | MakeUpdate
+    | TakeUpdate
+    | NeedsRebuild
+    | Reread
+    | Build
+    | Attach
+    | MakeReport
+)
+
+
+class Call(msgspec.Struct, tag=True):
+    """Orchestrator to worker; answered by a Reply or Failure of the same id, in order."""
+
+    id: int
+    request: Request
+
+
+class Close(msgspec.Struct, tag=True):
+    """Orchestrator to worker or guard: end; `at_once`: whatever it is doing."""
+
+    at_once: bool = False
+
+
+class Restart(msgspec.Struct, tag=True):
+    """Orchestrator to guard: end the worker and start it anew."""
+
+
+class DumpStacks(msgspec.Struct, tag=True):
+    """Orchestrator to worker: write the stacks of all threads to the log."""
+
+
+class Ping(msgspec.Struct, tag=True):
+    """Orchestrator to everyone, regularly: it lives."""
+
+
+# ---- Worker to orchestrator. ----
+
+
+class Hello(msgspec.Struct, tag=True):
+    """The first message of a connection; what does not begin so, or has another secret, is not heard."""
+
+    version: int
+    secret: str
+    pid: int
+    host: str
+    node: int = 0
+    num_devices: int = 0
+    """CUDA devices of the node."""
+
+
+class Built(msgspec.Struct, tag=True):
+    notes: list[str]
+    shared: dict[str, Any]
+    """Descriptions of memory that other processes may attach, by name."""
+
+
+class Plain(msgspec.Struct, tag=True):
+    """A result of JSON types: None, bool, dict."""
+
+    value: Any = None
+
+
+Result = Draft | Verdict | InnerStep | UpdateNotice | Built | Plain
+
+
+class Reply(msgspec.Struct, tag=True):
+    id: int
+    result: Result
+    state: str = ""
+    """Of a tensor-parallel rank: a digest of its committed tokens; all ranks must have the same."""
+
+
+class Failure(msgspec.Struct, tag=True):
+    """A call raised: `kind` is the exception's class."""
+
+    id: int
+    kind: str
+    message: str
+    traceback: str
+
+
+class Beat(msgspec.Struct, tag=True):
+    """Regularly, by a thread of its own: `progress` counts layers read and blocks copied, so it stands still where a
+    process lives and does nothing."""
+
+    progress: int
+    busy_with: str
+    done: int = 0
+    total: int = 0
+
+
+class Ended(msgspec.Struct, tag=True):
+    """From the guard of a rank: its worker process ended by itself. `exit_code` as of subprocess (-9: SIGKILL)."""
+
+    exit_code: int
+    pid: int
+
+
+Message = Call | Close | Restart | DumpStacks | Ping | Hello | Reply | Failure | Beat | Ended

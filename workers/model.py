@@ -12,8 +12,9 @@ from tiers.full_cache import FullCache
 from tiers.retrieval_cache import RetrievalCache, RetrievalUpdate
 from tiers.retrieval_selection import RetrievalSelection
 from tiers.streaming_llm_cache import StreamingLLMCache
-from workers.attention import ATTENTION_NAME, ForwardPass, active
+from workers.attention import ATTENTION_NAME, ForwardPass, Progress, active
 from workers.layer_major import LayerMajor
+from workers.messages import UpdateNotice
 from workers.rotary import make_length_independent
 
 
@@ -26,11 +27,12 @@ class CausalModel:
         self.vocab_size = model.get_output_embeddings().weight.shape[0]
         model.set_attn_implementation(ATTENTION_NAME)
         self._rotary_table = make_length_independent(model)
+        self.progress = Progress()
 
     @cached_property
     def layer_major(self) -> LayerMajor:
         """Raises TypeError where the model has no plain list of layers."""
-        return LayerMajor(self.hf_model, self.device)
+        return LayerMajor(self.hf_model, self.device, self.progress)
 
     def start_sequence(self, num_prompt_tokens: int) -> None:
         """A prompt of so many tokens comes: it fixes the rotation of each position where that depends on length."""
@@ -43,7 +45,7 @@ class CausalModel:
         first = cache.length
         input_ids = torch.tensor([tokens], device=self.device)
         position_ids = torch.arange(first, first + len(tokens), device=self.device)[None]
-        with active(ForwardPass(cache, first, **observers), len(tokens)):
+        with active(ForwardPass(cache, first, **observers, progress=self.progress), len(tokens)):
             output = self.hf_model(
                 input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=num_logits
             )
@@ -154,6 +156,18 @@ class RetrievalModel:
 
     def truncate(self, length: int) -> None:
         self._cache.truncate(length)
+
+
+class SharedRetrievalModel(RetrievalModel):
+    """Its cache is in memory that the verifier's processes write to: a notice says what."""
+
+    def load(self, update: UpdateNotice) -> None:
+        self._cache.adopt(
+            is_rebuild=update.is_rebuild,
+            length=update.length,
+            num_slots=update.num_slots,
+            num_summaries=update.num_summaries,
+        )
 
 
 class StreamingModel:

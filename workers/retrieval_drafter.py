@@ -19,9 +19,9 @@ class RetrievalDrafter(Level):
         self._coupling = coupling
         self.num_failures = 0
 
-    def prefill(self, prompt: list[int]) -> None:
+    def prefill(self, prompt: list[int], num_commits: int = 0) -> None:
         """Reads nothing: its cache comes from the verifier, with the first `refresh`."""
-        self.committed, self.num_commits = list(prompt), 0
+        self.committed, self.num_commits = list(prompt), num_commits
         self._held, self._num_agreed = [], 0
 
     def extend(self, after: list[int], draft: Draft) -> InnerStep:

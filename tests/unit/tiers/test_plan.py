@@ -365,7 +365,7 @@ def test_planned_bytes_are_those_that_the_engine_takes(folders, name):
     config = run_config(folders, **CONFIGURATIONS[name])
     prepared = prepare(config)
     with closing(build(config, prepared, random_prompt(600), max_new_tokens=150, seed=0)) as engine:
-        used = {tier.name: tier.used_bytes for tier in (engine._device_tier, engine._host_tier)}
+        used = {tier.name: tier.used_bytes for tier in (engine._builder.device_tier, engine._builder.host_tier)}
         tier = config.cache.full.tier
         wants_host = tier in (FullCacheTier.host, FullCacheTier.disk) or config.cache.full.device_layers != "auto"
         assert (engine.plan.num_device_layers < prepared.target.cache_shape.num_layers) == wants_host

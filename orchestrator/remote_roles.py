@@ -1,0 +1,151 @@
+"""Roles that live in other processes, with the methods orchestrator.hierarchy wants: the loop knows no processes.
+
+Drafter and retriever may die: then they draft nothing, and the run goes on, losslessly, with what is left. When such a
+process is back it is told the committed tokens again. A verifier's ranks all do the same and must agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from orchestrator.crew import Crew, RoleLostError, RunFailedError
+from orchestrator.placement import DRAFTER_ROLE, RETRIEVER_ROLE, VERIFIER_ROLE
+from workers.messages import (
+    Built,
+    Commit,
+    Draft,
+    Extend,
+    InnerStep,
+    MakeUpdate,
+    NeedsRebuild,
+    Prefill,
+    Propose,
+    Request,
+    Reread,
+    Result,
+    TakeUpdate,
+    UpdateNotice,
+    Verdict,
+    Verify,
+)
+
+
+class _OptionalRole:
+    """A role that the run can do without; `ranks` play it together."""
+
+    def __init__(self, crew: Crew, role: str, ranks: tuple[int, ...]):
+        self._crew, self._peers, self._role = crew, [f"{rank}.{role}" for rank in ranks], role
+        self._members = [crew.members[rank] for rank in ranks]
+        self._committed: list[int] = []
+        self._num_commits = 0
+        crew.on_return[role] = self._on_return
+
+    @property
+    def is_there(self) -> bool:
+        return not any(member.is_lost for member in self._members)
+
+    def prefill(self, prompt: list[int]) -> None:
+        self._committed, self._num_commits = list(prompt), 0
+        self._post(Prefill(self._committed, 0))
+
+    def commit(self, tokens: list[int]) -> None:
+        self._committed += tokens
+        self._num_commits += 1
+        self._post(Commit(tokens))
+
+    def _on_return(self, built: Built) -> None:
+        self._post(Prefill(self._committed, self._num_commits))
+        self._crew.note(f"{self._role} is back")
+
+    def _post(self, request: Request) -> None:
+        """In order with what is asked later; nobody waits for it."""
+        if self.is_there:
+            for peer in self._peers:
+                self._crew.post(peer, request, then=lambda result: None)
+
+    def _ask(self, request: Request) -> Result | None:
+        """None where the role is out of order."""
+        if not self.is_there:
+            return None
+        try:
+            replies = self._crew.ask(self._peers, request, self._crew.limits.draft_s)
+        except RoleLostError:
+            return None
+        return replies[0].result
+
+
+class RemoteDrafter(_OptionalRole):
+    """See orchestrator.hierarchy.DrafterRole."""
+
+    def __init__(self, crew: Crew, rank: int):
+        super().__init__(crew, DRAFTER_ROLE, (rank,))
+
+    def propose(self, after: list[int], count: int) -> Draft:
+        return self._ask(Propose(after, count)) or Draft()
+
+
+class RemoteRetriever(_OptionalRole):
+    """See orchestrator.hierarchy.RetrieverRole. `on_return(built)` connects a restarted one with the verifier."""
+
+    def __init__(self, crew: Crew, ranks: tuple[int, ...], on_return: Callable[[Built], None]):
+        super().__init__(crew, RETRIEVER_ROLE, ranks)
+        self._connect, self._returned = on_return, None
+
+    def extend(self, after: list[int], draft: Draft) -> InnerStep:
+        nothing = InnerStep(draft=Draft(), num_proposed=len(draft), num_accepted=0)
+        # One that has just come back has an empty cache until the next refresh.
+        return nothing if self._returned else self._ask(Extend(after, draft)) or nothing
+
+    def needs_rebuild(self) -> bool:
+        if self._returned is not None:
+            self._connect(self._returned)
+            self._returned = None
+            return True
+        result = self._ask(NeedsRebuild())
+        return False if result is None else result.value
+
+    def refresh(self, notices: list[UpdateNotice]) -> None:
+        # It may have come back since the verifier was asked: what it is not connected to, it cannot take.
+        if self._returned is None:
+            self._ask(TakeUpdate(notices))
+
+    def _on_return(self, built: Built) -> None:
+        super()._on_return(built)
+        self._returned = built
+
+
+class RemoteVerifier:
+    """See orchestrator.hierarchy.VerifierRole; all its ranks are asked, and must answer alike."""
+
+    def __init__(self, crew: Crew, ranks: tuple[int, ...]):
+        self._crew, self._ranks = crew, ranks
+        self._peers = [f"{rank}.{VERIFIER_ROLE}" for rank in ranks]
+
+    def prefill(self, prompt: list[int]) -> None:
+        self._ask(Prefill(prompt, 0))
+
+    def verify(self, draft: Draft) -> Verdict:
+        return self._ask(Verify(draft))
+
+    def commit(self, tokens: list[int]) -> None:
+        for peer in self._peers:
+            self._crew.post(peer, Commit(tokens), then=lambda result: None)
+
+    def retrieval_update(self, *, rebuild: bool) -> list[UpdateNotice]:
+        return [reply.result for reply in self._crew.ask(self._peers, MakeUpdate(rebuild))]
+
+    def reread(self) -> None:
+        self._ask(Reread())
+
+    def _ask(self, request: Request) -> Result:
+        replies = self._crew.ask(self._peers, request)
+        first = replies[0]
+        for rank, reply in zip(self._ranks, replies, strict=True):
+            if (reply.result, reply.state) != (first.result, first.state):
+                raise RunFailedError(
+                    VERIFIER_ROLE,
+                    rank,
+                    f"ranks disagree after {type(request).__name__}: rank {self._ranks[0]} has {first.result} in state "
+                    f"{first.state}, rank {rank} has {reply.result} in state {reply.state}",
+                )
+        return first.result
