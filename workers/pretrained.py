@@ -240,6 +240,7 @@ def load_model(
     """
     transformers.utils.logging.disable_progress_bar()
     if facts.shard != WHOLE:
+        assert all_reduce is not None, f"rank {facts.shard.rank} of {facts.shard.size} needs sums over the ranks"
         if self_check:
             _self_check_sharded(facts, device, all_reduce)
         return CausalModel(_read_part(facts, device, all_reduce), device)
