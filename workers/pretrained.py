@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -212,6 +214,7 @@ def _num_parameters(config) -> int:
 
 
 def _without_memory(config):
+    """A model of this configuration, to be counted."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -240,9 +243,11 @@ def load_model(
     """
     transformers.utils.logging.disable_progress_bar()
     if facts.shard != WHOLE:
+        assert all_reduce is not None, f"rank {facts.shard.rank} of {facts.shard.size} needs sums over the ranks"
+        files = _files_to_part(facts)
         if self_check:
-            _self_check_sharded(facts, device, all_reduce)
-        return CausalModel(_read_part(facts, device, all_reduce), device)
+            _self_check_sharded(facts, files, device, all_reduce)
+        return CausalModel(_read_part(facts, files, device, all_reduce), device)
     hf_model = _read_whole(facts, device)
     tokens = _self_check_tokens(facts)
     wanted = _logits(hf_model, tokens) if self_check else None
@@ -252,8 +257,19 @@ def load_model(
     return model
 
 
-def _read_whole(facts: ModelFacts, device: torch.device):
+@contextmanager
+def _refusing_unreadable(facts: ModelFacts) -> Iterator[None]:
     try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # damaged files, or pickled code in the place of weights
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{facts.key} is {facts.source!r}, whose weights cannot be read: {reason}") from error
+
+
+def _read_whole(facts: ModelFacts, device: torch.device):
+    with _refusing_unreadable(facts):
         hf_model, loaded = AutoModelForCausalLM.from_pretrained(
             facts.source,
             config=facts.config,
@@ -264,30 +280,33 @@ def _read_whole(facts: ModelFacts, device: torch.device):
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # damaged files, or pickled code in the place of weights
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{facts.key} is {facts.source!r}, whose weights cannot be read: {reason}") from error
     _check_loaded(facts, loaded)
     return hf_model
 
 
-def _read_part(facts: ModelFacts, device: torch.device, all_reduce: AllReduce):
-    """One rank's part, of which alone the bytes are read.
-
-    But for families whose weights transformers converts as it reads them (experts of a mixture, mostly): there all is
-    read to the host, and then cut.
-    """
-    files = weight_files(facts.source)
+def _files_to_part(facts: ModelFacts) -> dict[str, Path]:
+    """See workers.sharded_weights.weight_files."""
+    with _refusing_unreadable(facts):
+        files = weight_files(facts.source)
     if files is None:
         raise ConfigError(
             f"placement.tensor_parallel is {facts.shard.size}; it must be 1 for {facts.key}={facts.source}, whose "
             "weights are not in safetensors files, of which alone a part can be read"
         )
+    return files
+
+
+def _read_part(facts: ModelFacts, files: dict[str, Path], device: torch.device, all_reduce: AllReduce):
+    """One rank's part, of which alone the bytes are read.
+
+    But for families whose weights transformers converts as it reads them (experts of a mixture, mostly): there all is
+    read to the host, and then cut.
+    """
     model = make_skeleton(facts.config, facts.dtype)
     sharding = plan_sharding(model, facts.shard)
-    if not fill(model, sharding, files, facts.dtype, device):
+    with _refusing_unreadable(facts):
+        is_filled = fill(model, sharding, files, facts.dtype, device)
+    if not is_filled:
         model = _read_whole(facts, torch.device("cpu"))
         cut(model, sharding)
         model.to(device)
@@ -317,7 +336,7 @@ def _logits(hf_model, tokens: list[int]) -> torch.Tensor:
     return hf_model(input_ids=torch.tensor([tokens], device=hf_model.device), use_cache=False).logits[0]
 
 
-def _self_check_sharded(facts: ModelFacts, device: torch.device, all_reduce: AllReduce) -> None:
+def _self_check_sharded(facts: ModelFacts, files: dict[str, Path], device: torch.device, all_reduce: AllReduce) -> None:
     """The model's first layers, with its weights: sharded over all ranks, against whole ones on this rank alone.
 
     The others are read in the same way and not checked: no rank has the memory for the whole model.
@@ -328,7 +347,7 @@ def _self_check_sharded(facts: ModelFacts, device: torch.device, all_reduce: All
         short = _first_layers(facts, SELF_CHECK_LAYERS)
         tokens = _self_check_tokens(short)
         wanted = _logits(_read_whole(short, device), tokens)
-        _self_check(short, CausalModel(_read_part(short, device, all_reduce), device), tokens, wanted)
+        _self_check(short, CausalModel(_read_part(short, files, device, all_reduce), device), tokens, wanted)
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
 

@@ -23,21 +23,16 @@ def make_skeleton(config, dtype: torch.dtype) -> nn.Module:
 
 def weight_files(source: str) -> dict[str, Path] | None:
     """The safetensors file of each weight of a folder or a hub id; None: they are in another format."""
-    index = _find(source, SAFE_WEIGHTS_INDEX_NAME)
+    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
     if index is not None:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        paths = {file: _find(source, file) for file in set(weight_map.values())}
+        weight_map = json.loads(Path(index).read_text())["weight_map"]
+        paths = {file: Path(cached_file(source, file)) for file in set(weight_map.values())}
         return {name: paths[file] for name, file in weight_map.items()}
-    path = _find(source, SAFE_WEIGHTS_NAME)
+    path = cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
     if path is None:
         return None
     with safe_open(path, framework="pt") as file:
-        return dict.fromkeys(file.keys(), path)
-
-
-def _find(source: str, file: str) -> Path | None:
-    found = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
-    return None if found is None else Path(found)
+        return dict.fromkeys(file.keys(), Path(path))
 
 
 def fill(

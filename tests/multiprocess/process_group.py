@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch.multiprocessing
 
-PRELOADED = ["torch", "transformers", "workers.pretrained", "workers.collectives"]
+PRELOADED = ["torch", "transformers", "workers.pretrained", "workers.collectives", "tests.tiny_runs"]
 
 
 def run_ranks(function: Callable, size: int, *args, deadline_seconds: float = 120.0) -> None:

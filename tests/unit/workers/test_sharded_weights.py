@@ -123,15 +123,26 @@ def test_tied_embeddings_are_one_tensor_under_whichever_name_they_are_stored(che
     assert_same_tensors(model, cut_from_whole(folder))
 
 
+def test_an_index_that_names_a_weight_its_file_has_not_is_refused(tmp_path):
+    folder = save_checkpoint(tmp_path / "sharded", tiny_config("llama"), max_shard_size="12KB")
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    other = next(file for file in weight_map.values() if file != weight_map["model.norm.weight"])
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map | {"model.norm.weight": other}}))
+    message = refusal(folder)
+    assert message.startswith(f"model.target is {str(folder)!r}, whose weights cannot be read: ")
+    assert "model.norm.weight" in message
+
+
 class NoSum:
     def all_reduce(self, tensor):
         pass
 
 
-def refusal(folder) -> str:
+def refusal(folder, self_check: bool = False) -> str:
     with pytest.raises(ConfigError) as refused:
         facts = describe("model.target", str(folder), torch.float32).sharded(SHARD)
-        load_model(facts, CPU, self_check=False, all_reduce=NoSum())
+        load_model(facts, CPU, self_check=self_check, all_reduce=NoSum())
     return str(refused.value)
 
 
@@ -159,10 +170,11 @@ def test_weights_of_another_shape_are_refused(folder):
     assert "model.layers.0.mlp.down_proj.weight (another shape)" in refusal(folder)
 
 
-def test_checkpoints_in_the_older_format_are_refused(folder):
+@pytest.mark.parametrize("self_check", [True, False])
+def test_checkpoints_in_the_older_format_are_refused(folder, self_check):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    message = refusal(folder)
+    message = refusal(folder, self_check)
     assert "placement.tensor_parallel is 2" in message and "safetensors" in message
 
 
