@@ -55,8 +55,7 @@ class RoleBuilder:
     ):
         self.config, self.target_facts, self.device, self.plan = config, target, device, plan
         self._max_new_tokens = max_new_tokens
-        # Numbers are keyed: a source for each role, which roles in threads of their own need, draws what one would.
-        self._make_random = partial(KeyedRandom, seed) if in_threads else lambda random=KeyedRandom(seed): random
+        self._seed, self._random = seed, None if in_threads else KeyedRandom(seed)
         self.notes: list[str] = []
         self.device_tier = DeviceTier(device)
         pin, checksums = device.type == "cuda" and can_pin(), config.tiers.host.checksums
@@ -68,6 +67,7 @@ class RoleBuilder:
         self.disk_tier = DiskTier(disk_folder(config))
         self.link = Link(config.tiers.link.gb_per_s)
         self.full_cache: FullCache | None = None
+        self.models: list[CausalModel] = []
         self.weight_bytes = 0
 
     def close(self) -> None:
@@ -100,8 +100,12 @@ class RoleBuilder:
 
     def load_target(self, **how) -> CausalModel:
         """See workers.pretrained.load_model. Raises ConfigError."""
-        self.weight_bytes += self.target_facts.num_weight_bytes
-        return load_model(self.target_facts, self.device, self_check=self.config.model.self_check, **how)
+        return self._load(self.target_facts, **how)
+
+    def _load(self, facts: ModelFacts, **how) -> CausalModel:
+        self.weight_bytes += facts.num_weight_bytes
+        self.models.append(load_model(facts, self.device, self_check=self.config.model.self_check, **how))
+        return self.models[-1]
 
     # ---- Roles. ----
 
@@ -137,7 +141,9 @@ class RoleBuilder:
         return Drafter(StreamingModel(model, cache), self._coupling(LEVEL_DRAFTER), vocab_size)
 
     def _coupling(self, level: int):
-        return make_coupling(self.config.sampling, self._make_random(), level, is_last=level == LEVEL_TARGET)
+        # Numbers are keyed: a source for each role, which roles in threads of their own need, draws what one would.
+        random = self._random or KeyedRandom(self._seed)
+        return make_coupling(self.config.sampling, random, level, is_last=level == LEVEL_TARGET)
 
     # ---- Caches. ----
 

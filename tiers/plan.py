@@ -15,6 +15,8 @@ MAX_BLOCK_BYTES = 8 << 20
 """Attention over a block costs a few dozen small operations on top, as long as the copy of some MiB."""
 MIN_BLOCKS = 8
 """Of a context: so many blocks overlap copies and computation well, and the tail stays small beside them."""
+RETRIEVAL_PARTS = ("retrieval cache", "dequantised chunks")
+"""Of a plan's bytes on the device: those that are the retrieval cache's own."""
 RESERVE_SHARE = 0.05
 """Of free memory, left for the allocator and the system."""
 

@@ -116,8 +116,15 @@ class Reread(msgspec.Struct, tag=True):
     pass
 
 
+class Survey(msgspec.Struct, tag=True):
+    """How much memory is free: answered by bytes of each tier."""
+
+    device: str
+    disk_folder: str
+
+
 class Build(msgspec.Struct, tag=True):
-    """Load weights, make caches. `config` and `assignment` are plain JSON types of launch.roles."""
+    """Load weights, make caches. `config` and `assignment` are plain JSON types of launch.role_process."""
 
     config: dict[str, Any]
     assignment: dict[str, Any]
@@ -143,6 +150,7 @@ Request = (
     | TakeUpdate
     | NeedsRebuild
     | Reread
+    | Survey
     | Build
     | Attach
     | MakeReport

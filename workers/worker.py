@@ -46,6 +46,7 @@ from workers.messages import (
     Request,
     Reread,
     Result,
+    Survey,
     TakeUpdate,
     Verify,
 )
@@ -104,15 +105,19 @@ def respond(role: Any, request: Request) -> Result:
 
 
 class Worker:
-    """`connect(line)` opens a Line of that name; `build(config, assignment)` makes a RoleSet."""
+    """`connect(line)` opens a Line of that name; `build(config, assignment)` makes a RoleSet.
+
+    `survey(device, disk folder)` tells the free bytes of each tier.
+    """
 
     def __init__(
         self,
         connect: Callable[..., Line],
         pings: Callable[[], PingListener],
+        survey: Callable[[str, str], dict[str, int]],
         build: Callable[[dict[str, Any], dict[str, Any]], RoleSet],
     ):
-        self._connect, self._build, self._make_pings = connect, build, pings
+        self._connect, self._make_pings, self._survey, self._build = connect, pings, survey, build
         self._role_set: RoleSet | None = None
         self._threads: dict[str, _RoleThread] = {}
         self._busy_with = ""
@@ -133,6 +138,8 @@ class Worker:
 
     def _act(self, request: Request) -> Result:
         match request:
+            case Survey():
+                return Plain(self._survey(request.device, request.disk_folder))
             case Build():
                 return self._build_roles(request)
             case Attach():

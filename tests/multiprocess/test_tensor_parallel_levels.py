@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from conf.schema import ChunkRule
-from launch import engine
+from launch import engine, roles
 from tests.multiprocess.process_group import run_ranks
 from tests.tiny_models import greedy_tokens, random_prompt
 from tests.tiny_runs import DEVICE, DISK, HOST, generate, tiny_run
@@ -48,7 +48,7 @@ def run_all(rank: int, folder: str, targets: list[str], drafter: str) -> None:
         return replace(prepared, target=prepared.target.sharded(shard))
 
     engine.prepare = prepare_part
-    engine.load_model = partial(load_model, all_reduce=all_reduce)
+    roles.load_model = partial(load_model, all_reduce=all_reduce)
     tokens = []
     for target, (_, _, tier, rule) in zip(targets, RUNS, strict=True):
         config = tiny_run(target, drafter, tier=tier, rule=rule, rebuild="2", self_check=False)

@@ -388,7 +388,7 @@ def test_planned_bytes_are_those_that_the_engine_takes(folders, name):
 def test_a_plan_that_does_not_fit_is_refused_before_any_weight_is_read(folders, monkeypatch):
     config = run_config(folders)
     config.placement.device_memory_gib = 1e-4
-    monkeypatch.setattr("launch.engine.load_model", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("launch.roles.load_model", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(ConfigError, match=r"a context of 750 tokens needs 0\.\d+ GiB"):
         build(config, prepare(config), random_prompt(600), max_new_tokens=150, seed=0)
 

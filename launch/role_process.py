@@ -1,0 +1,265 @@
+"""The process of a worker: joins the run, and builds and plays the roles that the orchestrator assigns to it."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from conf.schema import RunConfig
+from launch.guard import ENDPOINTS, PIPE, same_host
+from launch.rendezvous import wait_for_endpoints
+from launch.roles import RoleBuilder
+from orchestrator.placement import DRAFTER_ROLE, RETRIEVER_ROLE, VERIFIER_ROLE
+from tiers.memory import device_free_bytes, disk_free_bytes, host_free_bytes
+from tiers.plan import RETRIEVAL_PARTS, MemoryPlan
+from tiers.shared_memory import AttachedPart, SharedArena
+from workers.channel import Endpoints, Line, PingListener
+from workers.collectives import GroupAllReduce, SharedMemoryAllReduce, has_ordered_stores
+from workers.model import CausalModel, RetrievalModel, SharedRetrievalModel
+from workers.pretrained import describe
+from workers.shard import WHOLE, Shard, own_heads
+from workers.update_path import (
+    Carried,
+    Carrying,
+    FromItsMemory,
+    IntoItsMemory,
+    PublishingVerifier,
+    ReceivingRetriever,
+    SameProcess,
+)
+from workers.worker import Worker
+
+PR_SET_PDEATHSIG = 1
+RETRIEVAL_CACHE = "retrieval_cache"
+
+
+class Assignment(msgspec.Struct, kw_only=True):
+    """What the orchestrator tells a process to be."""
+
+    rank: int
+    roles: list[str]
+    device: str
+    dtype: str
+    num_threads: int
+    seed: int
+    max_new_tokens: int
+    plan: MemoryPlan
+    shard_rank: int = 0
+    shard_size: int = 1
+    group: str = ""
+    """A name that the ranks of a sharded model, and nobody else, have in common."""
+    store: tuple[str, int] | None = None
+    """Host and port where they find each other."""
+    same_host: bool = True
+    """All of them are on one machine."""
+    stall_timeout_s: float = 60.0
+    update_path: str = "same_process"
+    """same_process, shared_memory or carried; see workers.update_path."""
+    log: str | None = None
+    """A file for what this process has to say."""
+
+
+class Roles:
+    """See workers.worker.RoleSet."""
+
+    def __init__(self, config: RunConfig, assignment: Assignment):
+        self._config, self._assignment = config, assignment
+        self._device = torch.device(assignment.device)
+        self._group: dist.ProcessGroup | None = None
+        self._arena: SharedArena | None = None
+        self._prefill = (0, 0)
+        self.is_first_shard = assignment.shard_rank == 0
+        self.roles: dict[str, Any] = {}
+        self.shared: dict[str, Any] = {}
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        else:
+            torch.set_num_threads(assignment.num_threads)
+        dtype = getattr(torch, assignment.dtype)
+        self._whole = describe("model.target", config.model.target, dtype, config.model.max_positions)
+        self._shard = Shard(assignment.shard_rank, assignment.shard_size)
+        self._builder = RoleBuilder(
+            config,
+            self._whole.sharded(self._shard),
+            self._device,
+            assignment.plan,
+            seed=assignment.seed,
+            max_new_tokens=assignment.max_new_tokens,
+            in_threads=True,
+        )
+        self._make(dtype)
+        self.notes = self._builder.notes
+
+    def _make(self, dtype: torch.dtype) -> None:
+        roles, builder = self._assignment.roles, self._builder
+        target = self._load_target() if {VERIFIER_ROLE, RETRIEVER_ROLE} & set(roles) else None
+        path = SameProcess() if self._assignment.update_path == "same_process" else None
+        if RETRIEVER_ROLE in roles:
+            self.roles[RETRIEVER_ROLE] = self._make_retriever(target, path)
+        if VERIFIER_ROLE in roles:
+            verifier, model = builder.verifier(target)
+            model.on_prefill_progress = lambda done, total: setattr(self, "_prefill", (done, total))
+            # Where it writes to another's memory it is told by `attach`; until then, nothing leaves.
+            self.roles[VERIFIER_ROLE] = PublishingVerifier(verifier, path or Carrying(sends=self._is_owner()))
+        if DRAFTER_ROLE in roles:
+            facts = None
+            if self._config.model.drafter != "lookup":
+                facts = describe("model.drafter", self._config.model.drafter, dtype)
+            self.roles[DRAFTER_ROLE] = builder.drafter(facts, self._whole.config.get_text_config().vocab_size)
+
+    def _load_target(self) -> CausalModel:
+        if self._shard == WHOLE:
+            return self._builder.load_target()
+        return self._builder.load_target(all_reduce=self._all_reduce())
+
+    def _all_reduce(self):
+        """NCCL between GPUs; between processors of one machine shared memory, else gloo."""
+        assignment = self._assignment
+        timeout = timedelta(seconds=assignment.stall_timeout_s)
+        host, port = assignment.store
+        store = dist.PrefixStore(assignment.group, dist.TCPStore(host, port, is_master=False, timeout=timeout))
+        if self._device.type == "cpu" and assignment.same_host and has_ordered_stores():
+            return self._shared_memory_sum(store)
+        backend = "nccl" if self._device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=self._shard.rank, world_size=self._shard.size, timeout=timeout
+        )
+        self._group = dist.group.WORLD
+        return GroupAllReduce(self._group)
+
+    def _shared_memory_sum(self, store: dist.Store) -> SharedMemoryAllReduce:
+        path = Path("/dev/shm", f"tierforce-{os.getuid()}-{os.getpid()}")
+        if self._shard.rank == 0:
+            store.set("path", str(path))
+        path = Path(store.get("path").decode())
+        limit = self._assignment.stall_timeout_s
+        return SharedMemoryAllReduce(path, self._shard, timeout_seconds=limit, start_timeout_seconds=limit)
+
+    def _make_retriever(self, target: CausalModel, path: SameProcess | None) -> ReceivingRetriever:
+        builder = self._builder
+        if path is not None:
+            return ReceivingRetriever(builder.retriever(target), path)
+        if self._assignment.update_path == "carried":
+            return ReceivingRetriever(builder.retriever(target, make_model=RetrievalModel), Carried())
+        planned = self._assignment.plan.device_bytes
+        self._arena = SharedArena(sum(planned[name] for name in RETRIEVAL_PARTS if name in planned), self._device)
+        retriever = builder.retriever(target, self._arena, SharedRetrievalModel)
+        self.shared[RETRIEVAL_CACHE] = self._arena.description()
+        return ReceivingRetriever(retriever, FromItsMemory())
+
+    def _heads(self):
+        text_config = self._whole.config.get_text_config()
+        return own_heads(text_config.num_attention_heads, self._whole.cache_shape.num_kv_heads, self._shard)
+
+    def _is_owner(self) -> bool:
+        """Of the ranks that share this one's kv heads, the first."""
+        heads, kv_heads = self._heads(), self._whole.cache_shape.num_kv_heads
+        group = self._whole.config.get_text_config().num_attention_heads // kv_heads
+        return heads.query.start == heads.kv.start * group
+
+    def attach(self, shared: dict[str, Any]) -> None:
+        """The retriever's memory is there: from now on updates are written to it."""
+        part = AttachedPart(shared[RETRIEVAL_CACHE], self._heads().kv.start)
+        cache = self._builder.retrieval_cache(part)
+        self.roles[VERIFIER_ROLE].publisher = IntoItsMemory(cache, self._device, writes=self._is_owner())
+
+    def report(self) -> dict[str, Any]:
+        peaks = self._builder.peak_bytes()
+        if self._arena is not None and self._device.type == "cpu":
+            peaks["device"] += self._arena.peak_bytes
+        report: dict[str, Any] = {"peak_bytes": peaks, "planned_bytes": self._assignment.plan.totals}
+        if VERIFIER_ROLE in self.roles:
+            report["streaming"] = self._builder.streaming_report()
+        return report
+
+    def progress(self) -> tuple[int, int, int]:
+        return sum(model.progress.num_layers for model in self._builder.models), *self._prefill
+
+    def close(self) -> None:
+        self._builder.close()
+        if self._group is not None:
+            dist.destroy_process_group()
+
+
+def build(config: dict[str, Any], assignment: dict[str, Any]) -> Roles:
+    """See workers.worker.Worker."""
+    assigned = msgspec.convert(assignment, Assignment)
+    if assigned.log is not None:
+        _log_to(Path(assigned.log))
+    return Roles(msgspec.convert(config, RunConfig), assigned)
+
+
+def survey(device: str, disk_folder: str) -> dict[str, int]:
+    """Free bytes of each tier, as this process sees them."""
+    folder = Path(disk_folder)
+    return {
+        "device": device_free_bytes(torch.device(device)),
+        "host": host_free_bytes(),
+        "disk": disk_free_bytes(folder),
+    }
+
+
+def _log_to(path: Path) -> None:
+    """All that this process and its libraries print; the terminal is the orchestrator's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.close(file)
+    logging.basicConfig(
+        stream=sys.stderr,
+        format=f"%(asctime)s {path.stem} %(threadName)s %(levelname)s %(message)s",
+        level=logging.INFO,
+        force=True,
+    )
+
+
+def _die_with_parent() -> None:
+    """Whatever becomes of the guard."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def serve(endpoints: Endpoints, rank: int, node: int, *, same_host: bool) -> None:
+    """Until the orchestrator ends it."""
+    messages, pings = endpoints.for_host(same_host=same_host)
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+    def connect(name: str, *tensors) -> Line:
+        return Line(messages, f"{rank}.{name}", endpoints.secret, *tensors, node=node, num_devices=num_devices)
+
+    Worker(connect, partial(PingListener, pings, time.monotonic), survey, build).run()
+
+
+def main() -> int:
+    _die_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the orchestrator decides
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if ENDPOINTS in os.environ:
+        endpoints = msgspec.json.decode(os.environ[ENDPOINTS], type=Endpoints)
+    else:
+        endpoints = wait_for_endpoints()
+        with os.fdopen(int(os.environ[PIPE]), "wb") as pipe:
+            pipe.write(msgspec.json.encode(endpoints) + b"\n")
+    serve(endpoints, int(os.environ["RANK"]), int(os.environ.get("GROUP_RANK", "0")), same_host=same_host())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
