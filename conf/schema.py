@@ -79,6 +79,8 @@ class PlacementKind(StrEnum):
 
     auto = "auto"
     inline = "inline"
+    colocated = "colocated"
+    pipeline = "pipeline"
 
 
 def require(condition: bool, key: str, value: Any, rule: str) -> None:
@@ -340,7 +342,13 @@ class PlacementConfig:
     """Which process plays which role on which device."""
 
     kind: PlacementKind = PlacementKind.auto
-    """inline: all roles in one process; auto: what suits the number of processes."""
+    """inline: all roles in one process; colocated: one process for each GPU, all of them verifying and retrieving as
+    one tensor-parallel model, the first drafting too; pipeline: a process for each role, the verifier tensor-parallel
+    over the rest; auto: inline for one process, colocated for two or three, pipeline for more."""
+    drafter_rank: int = 1
+    """Of the pipeline: the rank that drafts."""
+    retriever_rank: int = 2
+    """Of the pipeline: the rank that drafts by retrieval. The orchestrator is rank 0, all others verify."""
     device: str = "auto"
     """cpu, cuda, cuda:N; auto: the first CUDA device if there is one."""
     threads: str = "auto"
@@ -351,6 +359,12 @@ class PlacementConfig:
     """Plan for this much memory on the host; null: what is free, within the cgroup's limit."""
     disk_gib: float | None = None
     """Plan for this much of the disk; null: what is free in tiers.disk.folder."""
+    start_timeout_s: float = 600.0
+    """Processes that have not joined and loaded by then end the run."""
+    stall_timeout_s: float = 60.0
+    """A verifier that makes no progress for so long ends the run; a drafter or retriever is restarted."""
+    draft_timeout_s: float = 10.0
+    """A drafter or retriever that takes so long for one step is restarted, and the run goes on without it."""
 
     def __post_init__(self) -> None:
         parts = self.device.split(":")
@@ -359,6 +373,10 @@ class PlacementConfig:
         )
         require(legal, "placement.device", self.device, "auto, cpu, cuda or cuda:N")
         parse_auto_count("placement.threads", self.threads, ("auto",), minimum=1)
+        for key in ("start_timeout_s", "stall_timeout_s", "draft_timeout_s"):
+            value = getattr(self, key)
+            legal = math.isfinite(value) and value > 0
+            require(legal, f"placement.{key}", value, "a number of seconds above 0, for example 60")
         for key in ("device_memory_gib", "host_memory_gib", "disk_gib"):
             value = getattr(self, key)
             legal = value is None or (math.isfinite(value) and value > 0)

@@ -29,6 +29,8 @@ class Prepared:
     """A configuration resolved against its models, no weights read yet."""
 
     device: torch.device
+    """Of a run in one process."""
+    num_threads: int
     target: ModelFacts
     drafter: ModelFacts | None
     notes: list[str] = field(default_factory=list)
@@ -62,7 +64,8 @@ def prepare(config: RunConfig) -> Prepared:
         check_same_vocabulary(target, drafter)
         _check_drafter_window(config, drafter)
     where = f"device {device}" + (f", threads: {num_threads}" if device.type == "cpu" else "")
-    return Prepared(device=device, target=target, drafter=drafter, notes=[f"{where}, {str(dtype).split('.')[-1]}"])
+    notes = [f"{where}, {str(dtype).split('.')[-1]}"]
+    return Prepared(device=device, num_threads=num_threads, target=target, drafter=drafter, notes=notes)
 
 
 def _choose_device(name: str) -> torch.device:
@@ -130,6 +133,10 @@ class Engine:
         """What was streamed from host and disk; see RoleBuilder.streaming_report."""
         return self._builder.streaming_report()
 
+    def processes_report(self) -> list[dict]:
+        """None but this one."""
+        return []
+
     def close(self) -> None:
         self._builder.close()
 
@@ -138,7 +145,10 @@ def build(config: RunConfig, prepared: Prepared, prompt_ids: list[int], max_new_
     """Plans the memory, then loads weights and makes the caches. Raises ConfigError."""
     max_tokens = len(prompt_ids) + max_new_tokens
     config = with_budget_in_context(config, len(prompt_ids), notes := list(prepared.notes))
-    plan = make_plan(_plan_input(config, prepared, max_tokens, max_new_tokens), config.cache)
+    inputs = plan_input_for(
+        config, prepared, max_tokens=max_tokens, max_new_tokens=max_new_tokens, free=_free_bytes(config, prepared)
+    )
+    plan = make_plan(inputs, config.cache)
     notes.append(plan.reason)
     with memory_shortage_as_config_error(config):
         sizes = {"seed": seed, "max_new_tokens": max_new_tokens}
@@ -199,18 +209,21 @@ def with_budget_in_context(config: RunConfig, num_prompt_tokens: int, notes: lis
     return replace(config, cache=replace(config.cache, retrieval=replace(retrieval, budget=most)))
 
 
-def _plan_input(config: RunConfig, prepared: Prepared, max_tokens: int, max_new_tokens: int) -> PlanInput:
+def _free_bytes(config: RunConfig, prepared: Prepared) -> FreeBytes:
     gib, placement = 2**30, config.placement
     device_limit, host_limit, disk_limit = placement.device_memory_gib, placement.host_memory_gib, placement.disk_gib
-    free = FreeBytes(
+    return FreeBytes(
         device=int(device_limit * gib) if device_limit else device_free_bytes(prepared.device),
         host=int(host_limit * gib) if host_limit else host_free_bytes(),
         disk=int(disk_limit * gib) if disk_limit else disk_free_bytes(disk_folder(config)),
         device_is_host=prepared.device.type != "cuda",
     )
+
+
+def plan_input_for(config: RunConfig, prepared: Prepared, **tokens_and_free) -> PlanInput:
+    """See launch.sizing.plan_input."""
     drafter = _size_of(prepared.drafter) if prepared.drafter else None
-    tokens = {"max_tokens": max_tokens, "max_new_tokens": max_new_tokens}
-    return plan_input(config, _size_of(prepared.target), drafter, **tokens, free=free)
+    return plan_input(config, _size_of(prepared.target), drafter, **tokens_and_free)
 
 
 def _size_of(facts: ModelFacts) -> ModelSize:

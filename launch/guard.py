@@ -13,15 +13,17 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 import msgspec
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from workers.channel import ChannelError, Endpoints, Line, PingListener
 from workers.messages import Close, Ended, Restart
 
-ROOT = Path(__file__).resolve().parents[1]
 WORKER_PROGRAM = Path(__file__).with_name("role_process.py")
 ENDPOINTS, PIPE = "TIERFORCE_ENDPOINTS", "TIERFORCE_PIPE"
 """Environment of the worker: how to join a run that its guard belongs to already; where to tell the guard how."""
@@ -127,10 +129,8 @@ class Guard:
             return None
 
     def _end(self, *, at_once: bool) -> int:
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._worker.wait(0 if at_once else CLOSING_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
         self._line.close()
         return DONE
 
@@ -141,10 +141,5 @@ class Guard:
             self._worker.wait()
 
 
-def main() -> int:
-    return Guard().run()
-
-
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-    sys.exit(main())
+    sys.exit(Guard().run())

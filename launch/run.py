@@ -26,12 +26,15 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conf.model_source import model_source
-from conf.schema import LOOKUP_DRAFTER, NO_DRAFTER, ConfigError, RunConfig, to_plain
+from conf.schema import LOOKUP_DRAFTER, NO_DRAFTER, ConfigError, PlacementKind, RunConfig, to_plain
+from launch.guard import Guard
 from launch.overrides import CONFIG_FOLDER, read_config
 from launch.prompt import check_prompt, read_prompt
+from orchestrator.crew import RunFailedError
 from orchestrator.display import Display
 from orchestrator.hierarchy import Round
 from orchestrator.metrics import Metrics
+from orchestrator.placement import place
 from orchestrator.report import Report, versions
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
@@ -47,12 +50,7 @@ ROLE_OF_FILE = {
 
 def check_start(config: RunConfig) -> None:
     """What must hold on this machine before anything is loaded."""
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size != "1":
-        raise ConfigError(
-            f"WORLD_SIZE is {world_size} (torchrun --nproc-per-node); it must be 1: placement={config.placement.kind} "
-            "plays all roles in one process"
-        )
+    place(config.placement, world_size())
     check_folder("output", config.output, "outputs/run")
     if config.tiers.disk.folder is not None:
         check_folder("tiers.disk.folder", config.tiers.disk.folder, "outputs/disk")
@@ -60,6 +58,11 @@ def check_start(config: RunConfig) -> None:
     model_source("model.target", config.model.target)
     if config.model.drafter not in (LOOKUP_DRAFTER, NO_DRAFTER):
         model_source("model.drafter", config.model.drafter)
+
+
+def world_size() -> int:
+    """Processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def check_folder(key: str, folder: str, example: str) -> None:
@@ -125,6 +128,8 @@ class Job:
     seed: int = 0
     prompt_ids: list[int] = field(default_factory=list)
     engine: Any = None
+    company: Any = None
+    """The processes of a run over several; see launch.pipeline."""
     metrics: Metrics = field(init=False)
 
     def __post_init__(self) -> None:
@@ -147,15 +152,23 @@ class Job:
             report.close()
             if self.engine is not None:
                 self.engine.close()
+            if self.company is not None:
+                # Whoever waits for the prompt to be read, or for the dead, does not hear that it is over.
+                self.company.close(at_once=self.phase != "report")
 
     def _load(self) -> None:
         engines = import_module("launch.engine")  # and torch with it: seconds
+        placement = place(self.config.placement, world_size())
+        if placement.kind is not PlacementKind.inline:
+            self.company = import_module("launch.pipeline").Company(self.config, placement, self.display.note)
+            self.company.start()
         prepared = engines.prepare(self.config)
         self.phase = "prompt"
         self.prompt_ids = read_prompt(self.config.prompt, prepared.tokenizer, at_most=4 * prepared.max_positions)
         max_new_tokens = self._fit_to_model(prepared.max_positions)
         self.phase = "load"
-        self.engine = engines.build(self.config, prepared, self.prompt_ids, max_new_tokens, self.seed)
+        what = (self.config, prepared, self.prompt_ids, max_new_tokens, self.seed)
+        self.engine = engines.build(*what) if self.company is None else self.company.build(*what)
         for line in self.engine.notes:
             self.display.note(line)
         self.display.note(f"{self.config.decoding.mode} decoding of {self.config.model.target}, seed {self.seed}")
@@ -225,6 +238,7 @@ class Job:
             "speculation": self.metrics.speculation(),
             "memory": engine.memory_report() if engine else {},
             "streaming": engine.streaming_report() if engine else {},
+            "processes": engine.processes_report() if engine else [],
             "versions": versions(),
         }
 
@@ -249,11 +263,8 @@ def run(config: RunConfig, folder: Path, console: Console | None = None) -> int:
 
 
 def refuse(error: ConfigError) -> int:
-    """One message, by one rank."""
-    if is_primary():
-        print(f"tierforce: {error}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(2)  # torchrun ends all ranks with the first: let the primary speak
+    """One message."""
+    print(f"tierforce: {error}", file=sys.stderr, flush=True)
     return REFUSED
 
 
@@ -263,7 +274,8 @@ def fail(error: Exception, phase: str, folder: Path) -> int:
     while root.__cause__ is not None:
         root = root.__cause__
     reason = (str(root).splitlines() or [""])[0]
-    where = f"phase {phase}, role {role_of(error)}, rank {os.environ.get('RANK', '0')}"
+    role, rank = (error.role, error.rank) if isinstance(error, RunFailedError) else (role_of(error), 0)
+    where = f"phase {phase}, role {role}, rank {rank}"
     log = write_traceback(error, folder / FAILURE_LOG)
     print(f"tierforce: failed in {where}: {type(root).__name__}: {reason} ({log})", file=sys.stderr, flush=True)
     return FAILED
@@ -287,10 +299,6 @@ def role_of(error: BaseException) -> str:
     return "orchestrator"
 
 
-def is_primary() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def run_task(cfg: DictConfig) -> int:
     """What Hydra runs; it handles its own errors: what Hydra catches, it reports as its own, with exit code 1."""
     try:
@@ -304,6 +312,8 @@ def run_task(cfg: DictConfig) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The program; `argv` without its name."""
     argv = sys.argv[1:] if argv is None else argv
+    if os.environ.get("RANK", "0") != "0":
+        return Guard().run()  # the orchestrator, rank 0, tells it all it needs to know
     # transformers' advice to its callers is no message to the user.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:

@@ -121,6 +121,8 @@ class Crew:
         self.on_progress: Callable[[int, int], None] = lambda done, total: None
         self.on_return: dict[str, Callable[[Built], None]] = {}
         """By role: called when its restarted process has built it again."""
+        self.look_around: Callable[[], None] = lambda: None
+        """Called regularly while waiting."""
         self._pending: dict[int, _Pending] = {}
         self._next_id = 0
         self._config: dict[str, Any] = {}
@@ -292,6 +294,7 @@ class Crew:
     # ---- Looking after everyone. ----
 
     def _look_after(self) -> None:
+        self.look_around()
         now = self._clock()
         for member in self.members.values():
             if member.is_lost or not member.heard_at:

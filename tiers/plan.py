@@ -279,3 +279,25 @@ def _largest_context(inputs: PlanInput, cache: CacheConfig) -> int:
         else:
             high = middle - 1
     return low
+
+
+def retriever_plan(inputs: PlanInput, cache: CacheConfig) -> MemoryPlan:
+    """Of a process that holds the whole target on a retrieval cache, and nothing else."""
+    plan = _plan_with(inputs, cache, inputs.target_shape.num_layers, 0)
+    return _with_parts(plan, ("target weights", "activations", *RETRIEVAL_PARTS))
+
+
+def drafter_plan(inputs: PlanInput, cache: CacheConfig) -> MemoryPlan:
+    """Of a process that holds the drafter alone."""
+    plan = _plan_with(inputs, cache, inputs.target_shape.num_layers, 0)
+    return _with_parts(plan, ("drafter weights", "streaming cache"))
+
+
+def without_retrieval_cache(plan: MemoryPlan) -> MemoryPlan:
+    """Of a verifier whose retriever is another process."""
+    return _with_parts(plan, tuple(name for name in plan.device_bytes if name not in RETRIEVAL_PARTS))
+
+
+def _with_parts(plan: MemoryPlan, names: tuple[str, ...]) -> MemoryPlan:
+    """With these of its bytes on the device; without what is off it, unless it streams."""
+    return replace(plan, device_bytes={name: plan.device_bytes[name] for name in names if name in plan.device_bytes})

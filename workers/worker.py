@@ -96,7 +96,7 @@ def respond(role: Any, request: Request) -> Result:
         case MakeUpdate():
             return role.retrieval_update(rebuild=request.rebuild)
         case TakeUpdate():
-            return Plain(role.refresh(request.notice))
+            return Plain(role.refresh(request.notices))
         case NeedsRebuild():
             return Plain(role.needs_rebuild())
         case Reread():
