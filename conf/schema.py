@@ -45,6 +45,14 @@ class Coupling(StrEnum):
     gumbel = "gumbel"
 
 
+class Overlap(StrEnum):
+    """What is drafted while the target verifies."""
+
+    off = "off"
+    ahead = "ahead"
+    outcomes = "outcomes"
+
+
 class ChunkRule(StrEnum):
     """By what the chunks of the retrieval cache are chosen."""
 
@@ -131,6 +139,9 @@ class DecodingConfig:
     """Tokens drafted per inner step; 0 leaves the drafter out."""
     gamma2: int = 8
     """Tokens proposed per verification, at least; 0 is autoregressive decoding."""
+    overlap: Overlap = Overlap.off
+    """What is drafted while the target verifies: off: nothing; ahead: what follows if the whole block is accepted;
+    outcomes: what follows each likely outcome, best with sampling.coupling=gumbel."""
 
     def __post_init__(self) -> None:
         for key, value, limit in (("gamma1", self.gamma1, MAX_GAMMA1), ("gamma2", self.gamma2, MAX_GAMMA2)):
@@ -407,6 +418,12 @@ class RunConfig:
             and self.decoding.gamma1 > 0
             and self.decoding.gamma2 > 0
         )
+
+    @property
+    def overlaps(self) -> bool:
+        """Drafting goes on during verification."""
+        drafts = self.uses_drafter or self.uses_retrieval
+        return drafts and self.decoding.overlap is not Overlap.off
 
     @property
     def uses_retrieval(self) -> bool:

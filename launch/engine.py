@@ -20,6 +20,7 @@ from orchestrator.text_stream import TextStream
 from tiers.errors import OutOfTierMemoryError
 from tiers.memory import device_free_bytes, disk_free_bytes, host_free_bytes, num_idle_cores
 from tiers.plan import MemoryPlan, PlanInput, make_plan
+from workers.background import InBackground
 from workers.model import TargetModel
 from workers.pretrained import ModelFacts, check_same_vocabulary, describe
 
@@ -191,10 +192,13 @@ def make_session(config: RunConfig, prepared: Prepared, prompt_ids: list[int], m
 def make_hierarchy(config: RunConfig, session: Session, **roles) -> Hierarchy:
     """`roles`: see Hierarchy; those of this process, or what stands for them."""
     rebuild = config.cache.retrieval.rebuild
+    if config.overlaps and not hasattr(roles["verifier"], "begin_verify"):
+        roles["verifier"] = InBackground(roles["verifier"])
     return Hierarchy(
         session=session,
         gamma1=config.decoding.gamma1,
         gamma2=config.decoding.gamma2,
+        overlap=config.decoding.overlap,
         rebuild_policy=RebuildPolicy(int(rebuild) if rebuild.isdigit() else rebuild),
         **roles,
     )

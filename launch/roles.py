@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from conf.schema import ChunkRule, RunConfig
+from conf.schema import ChunkRule, Overlap, RunConfig
 from launch.sizing import PIECE_TOKENS, retrieval_tail_tokens, streaming_slack
 from tiers.attention_mass import AttentionMass
 from tiers.base import BlockShape, CacheShape, Tier
@@ -125,7 +125,8 @@ class RoleBuilder:
     ) -> RetrievalDrafter:
         """Its cache is in `tier`; on the device, if None."""
         cache = self.retrieval_cache(self.device_tier if tier is None else tier)
-        return RetrievalDrafter(make_model(target, cache), self._coupling(LEVEL_RETRIEVAL))
+        model, coupling = make_model(target, cache), self._coupling(LEVEL_RETRIEVAL)
+        return RetrievalDrafter(model, coupling, names_runners_up=self._wants_runners_up)
 
     def drafter(self, facts: ModelFacts | None, vocab_size: int) -> Drafter | LookupDrafter:
         """Without `facts` of a model it looks up n-grams. `vocab_size` is the target's."""
@@ -139,6 +140,10 @@ class RoleBuilder:
         self.weight_bytes += facts.num_weight_bytes
         model = load_model(facts, self.device, self_check=config.model.self_check)
         return Drafter(StreamingModel(model, cache), self._coupling(LEVEL_DRAFTER), vocab_size)
+
+    @property
+    def _wants_runners_up(self) -> bool:
+        return self.config.decoding.overlap is Overlap.outcomes
 
     def _coupling(self, level: int):
         # Numbers are keyed: a source for each role, which roles in threads of their own need, draws what one would.

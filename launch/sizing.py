@@ -39,8 +39,12 @@ def streaming_slack(config: RunConfig) -> int:
 
 
 def slack_tokens(config: RunConfig) -> int:
-    """Most tentative tokens of a round: a block, what its last inner step brings on top, and the target's own."""
-    return config.decoding.gamma2 + config.decoding.gamma1 + 2
+    """Most tentative tokens of a round: a block, what its last inner step brings on top, and the target's own.
+
+    Drafting ahead has as many behind them.
+    """
+    of_block = config.decoding.gamma2 + config.decoding.gamma1 + 2
+    return 2 * of_block if config.overlaps else of_block
 
 
 def retrieval_tail_tokens(config: RunConfig, max_new_tokens: int) -> int:

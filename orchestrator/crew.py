@@ -181,26 +181,41 @@ class Crew:
         pending = self._pending[call]
         while pending.answer is None:
             self.pump(TICK_SECONDS)
-            late = timeout_s is not None and self._clock() - pending.asked_at > timeout_s
-            if late and pending.answer is None:
-                self._lose(self._member_of(pending.peer), f"{pending.what} took more than {timeout_s:g} s")
+            self._check_late(pending, timeout_s)
         del self._pending[call]
         return self._result_of(pending)
 
     def ask(self, peers: Iterable[str], request: Request, timeout_s: float | None = None) -> list[Reply]:
-        """Asks several at once, and waits for all of them: a failure of one is raised when all have answered."""
-        calls = [self.post(peer, request) for peer in peers]
+        """Asks several at once, and waits for all of them; see `wait_all`."""
+        return self.wait_all(self.post_all(peers, request), timeout_s)
+
+    def post_all(self, peers: Iterable[str], request: Request) -> list[int]:
+        """The calls' ids."""
+        return [self.post(peer, request) for peer in peers]
+
+    def are_answered(self, calls: list[int]) -> bool:
+        """Whether `wait_all` would return at once; listens for a moment."""
+        self.pump(0)
+        return all(self._pending[call].answer is not None for call in calls)
+
+    def wait_all(self, calls: list[int], timeout_s: float | None = None) -> list[Reply]:
+        """Their replies: a failure of one is raised when all have answered. See `wait`."""
         pending = [self._pending[call] for call in calls]
-        for item, call in zip(pending, calls, strict=True):
+        for item in pending:
             while item.answer is None:
                 self.pump(TICK_SECONDS)
-                if timeout_s is not None and self._clock() - item.asked_at > timeout_s:
-                    self._lose(self._member_of(item.peer), f"{item.what} took more than {timeout_s:g} s")
+                self._check_late(item, timeout_s)
+        for call in calls:
             del self._pending[call]
         # What a damaged block did to one rank shows in the others as odd results: it comes first.
         for item in sorted(pending, key=lambda item: not _is_damage(item.answer)):
             self._result_of(item)
         return [item.answer for item in pending]
+
+    def _check_late(self, pending: _Pending, timeout_s: float | None) -> None:
+        late = timeout_s is not None and self._clock() - pending.asked_at > timeout_s
+        if late and pending.answer is None:
+            self._lose(self._member_of(pending.peer), f"{pending.what} took more than {timeout_s:g} s")
 
     def _result_of(self, pending: _Pending) -> Result:
         answer = pending.answer

@@ -6,14 +6,20 @@ Three levels, each an exact sampler of its own model that takes the level below 
 
 Without a retriever the drafter proposes to the target; without either, the target decodes alone. Every mode and
 placement runs this loop. Roles are given by their methods: here they may be objects of this process or proxies.
+
+With `ahead`, drafting goes on while the target verifies (orchestrator.ahead), and a block begins with what was drafted.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
+from conf.schema import Overlap
+from orchestrator.ahead import AheadRecord, DraftingAhead
 from orchestrator.rebuild_policy import RebuildPolicy
 from orchestrator.session import Session
 from tiers.errors import DamagedBlockError
@@ -27,8 +33,11 @@ class DrafterRole(Protocol):
     """Level 1."""
 
     def prefill(self, prompt: list[int]) -> None: ...
-    def propose(self, after: list[int], count: int) -> Draft:
-        """At most `count` tokens that may follow the committed tokens and `after`."""
+    def propose(self, after: list[int], count: int, branch: int = 0) -> Draft:
+        """At most `count` tokens that may follow the committed tokens and `after`.
+
+        Drafts ahead on different guesses are different branches, from 1 on: their random numbers differ.
+        """
 
     def commit(self, tokens: list[int]) -> None:
         """These tokens are final; whatever else was drafted is rolled back."""
@@ -38,7 +47,7 @@ class RetrieverRole(Protocol):
     """Level 2."""
 
     def prefill(self, prompt: list[int]) -> None: ...
-    def extend(self, after: list[int], draft: Draft) -> InnerStep:
+    def extend(self, after: list[int], draft: Draft, branch: int = 0) -> InnerStep:
         """Verifies `draft`, which follows the committed tokens and `after`; hands up what it keeps and one more token,
         or nothing at all where it cannot."""
 
@@ -55,6 +64,11 @@ class VerifierRole(Protocol):
 
     def prefill(self, prompt: list[int]) -> None: ...
     def verify(self, draft: Draft) -> Verdict: ...
+    def begin_verify(self, draft: Draft) -> None:
+        """The same in three parts, for drafting ahead: begin, look, finish."""
+
+    def is_verifying(self) -> bool: ...
+    def finish_verify(self) -> Verdict: ...
     def commit(self, tokens: list[int]) -> None: ...
     def retrieval_update(self, *, rebuild: bool) -> Any:
         """What the retriever's `refresh` wants, which may be read from blocks only there."""
@@ -77,7 +91,8 @@ class Round:
     """(proposed, accepted) of each step between drafter and retrieval draft."""
     rebuilt: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
-    """Per phase: draft, retrieval, verify, refresh, reread."""
+    """Per phase: draft, retrieval, verify, refresh, reread; what was drafted ahead is in none of them."""
+    ahead: AheadRecord | None = None
 
 
 @dataclass(kw_only=True)
@@ -91,15 +106,22 @@ class Hierarchy:
     gamma1: int = 0
     gamma2: int = 0
     rebuild_policy: RebuildPolicy = field(default_factory=lambda: RebuildPolicy("never"))
+    overlap: Overlap = Overlap.off
     num_rounds: int = 0
     num_rereads: int = 0
     """So many times a stored block was found damaged, and all tokens were read again."""
     _must_rebuild: bool = False
     _seconds: dict[str, float] = field(default_factory=dict)
+    _ahead: DraftingAhead | None = None
+
+    def __post_init__(self) -> None:
+        if self.overlap is not Overlap.off and self._drafts and self.gamma2:
+            step = partial(self._step, call=lambda phase, function, *args: function(*args))
+            self._ahead = DraftingAhead(self.overlap, step, self.gamma2)
 
     def start(self) -> Round:
         """Reads the prompt and generates the first token, by the target alone."""
-        for role in self._roles():
+        for role in reversed(self._roles()):  # the verifier takes longest, and is waited for
             role.prefill(self.session.prompt)
         return self._verify_and_commit(Draft(), [])
 
@@ -111,26 +133,38 @@ class Hierarchy:
 
     def _draft_block(self, count: int) -> tuple[Draft, list[tuple[int, int]]]:
         """`count` tokens for the target to verify; more if the last inner step brings more and there is use for it."""
-        if self.retriever is None:
-            return self._drafted([], count), []
-        block, inner_steps = Draft(), []
-        while len(block) < count:
-            # An inner step adds at most one token to what it verifies, and no block goes past the last token.
-            draft = self._drafted(block.tokens, min(self.gamma1, self.session.remaining - 2 - len(block)))
-            step = self._timed("retrieval", self.retriever.extend, block.tokens, draft)
+        block, inner_steps = (Draft(), []) if self._ahead is None else self._ahead.take_next()
+        while len(block) < count and self._drafts:
+            step = self._step(block.tokens, count - len(block), 0, self._timed)
+            block.extend(step.draft)
+            if self.retriever is None:
+                break
             inner_steps.append((step.num_proposed, step.num_accepted))
             if not len(step.draft):
                 break  # the level is out of order for now: the target goes on with what there is
-            block.extend(step.draft)
-        return block, inner_steps
+        return block.cut(max(0, self.session.remaining - 1)), inner_steps
 
-    def _drafted(self, after: list[int], count: int) -> Draft:
-        if self.drafter is None or count <= 0:
-            return Draft()
-        return self._timed("draft", self.drafter.propose, after, count)
+    @property
+    def _drafts(self) -> bool:
+        return self.retriever is not None or self.drafter is not None
+
+    def _step(self, after: list[int], count: int, branch: int, call: Callable) -> InnerStep:
+        """Up to `count` tokens of the drafter; or what the retrieval draft makes of up to γ1 of them, and one more.
+
+        `call(phase, function, ...)` calls it.
+        """
+        if self.retriever is None:
+            draft = call("draft", self.drafter.propose, after, count, branch)
+            return InnerStep(draft=draft, num_proposed=0, num_accepted=0)
+        # An inner step adds a token to what it verifies, the target another, and nothing goes past the last token.
+        count = min(self.gamma1, self.session.remaining - 2 - len(after))
+        draft = Draft()
+        if self.drafter is not None and count > 0:
+            draft = call("draft", self.drafter.propose, after, count, branch)
+        return call("retrieval", self.retriever.extend, after, draft, branch)
 
     def _verify_and_commit(self, block: Draft, inner_steps: list[tuple[int, int]]) -> Round:
-        verdict = self._undamaged("verify", self.verifier.verify, block)
+        verdict = self._undamaged("verify", self._verify, block)
         tokens = self.session.commit([*block.tokens[: verdict.num_accepted], verdict.next_token])
         for role in self._roles():
             role.commit(tokens)
@@ -144,10 +178,20 @@ class Hierarchy:
             inner_steps=inner_steps,
             rebuilt=rebuilt,
             seconds=self._seconds,
+            ahead=None if self._ahead is None else self._ahead.record,
         )
         self._seconds = {}
         self.num_rounds += 1
         return record
+
+    def _verify(self, block: Draft) -> Verdict:
+        if self._ahead is None or not self.num_rounds:  # the first token follows nothing that could be drafted on
+            return self.verifier.verify(block)
+        self.verifier.begin_verify(block)
+        self._ahead.draft_while(self.verifier.is_verifying, block, self.session.remaining)
+        verdict = self.verifier.finish_verify()
+        self._ahead.take(verdict)
+        return verdict
 
     def _refresh(self, block: Draft, verdict: Verdict) -> bool:
         """Gives the retriever the true keys and values of the new tokens; returns whether its cache was rebuilt."""

@@ -20,6 +20,7 @@ from workers.messages import (
     NeedsRebuild,
     Prefill,
     Propose,
+    Reply,
     Request,
     Reread,
     Result,
@@ -80,8 +81,8 @@ class RemoteDrafter(_OptionalRole):
     def __init__(self, crew: Crew, rank: int):
         super().__init__(crew, DRAFTER_ROLE, (rank,))
 
-    def propose(self, after: list[int], count: int) -> Draft:
-        return self._ask(Propose(after, count)) or Draft()
+    def propose(self, after: list[int], count: int, branch: int = 0) -> Draft:
+        return self._ask(Propose(after, count, branch)) or Draft()
 
 
 class RemoteRetriever(_OptionalRole):
@@ -91,10 +92,10 @@ class RemoteRetriever(_OptionalRole):
         super().__init__(crew, RETRIEVER_ROLE, ranks)
         self._connect, self._returned = on_return, None
 
-    def extend(self, after: list[int], draft: Draft) -> InnerStep:
+    def extend(self, after: list[int], draft: Draft, branch: int = 0) -> InnerStep:
         nothing = InnerStep(draft=Draft(), num_proposed=len(draft), num_accepted=0)
         # One that has just come back has an empty cache until the next refresh.
-        return nothing if self._returned else self._ask(Extend(after, draft)) or nothing
+        return nothing if self._returned else self._ask(Extend(after, draft, branch)) or nothing
 
     def needs_rebuild(self) -> bool:
         if self._returned is not None:
@@ -120,12 +121,22 @@ class RemoteVerifier:
     def __init__(self, crew: Crew, ranks: tuple[int, ...]):
         self._crew, self._ranks = crew, ranks
         self._peers = [f"{rank}.{VERIFIER_ROLE}" for rank in ranks]
+        self._verification: list[int] = []
 
     def prefill(self, prompt: list[int]) -> None:
         self._ask(Prefill(prompt, 0))
 
     def verify(self, draft: Draft) -> Verdict:
         return self._ask(Verify(draft))
+
+    def begin_verify(self, draft: Draft) -> None:
+        self._verification = self._crew.post_all(self._peers, Verify(draft))
+
+    def is_verifying(self) -> bool:
+        return not self._crew.are_answered(self._verification)
+
+    def finish_verify(self) -> Verdict:
+        return self._agreed("Verify", self._crew.wait_all(self._verification))
 
     def commit(self, tokens: list[int]) -> None:
         for peer in self._peers:
@@ -138,14 +149,16 @@ class RemoteVerifier:
         self._ask(Reread())
 
     def _ask(self, request: Request) -> Result:
-        replies = self._crew.ask(self._peers, request)
+        return self._agreed(type(request).__name__, self._crew.ask(self._peers, request))
+
+    def _agreed(self, what: str, replies: list[Reply]) -> Result:
         first = replies[0]
         for rank, reply in zip(self._ranks, replies, strict=True):
             if (reply.result, reply.state) != (first.result, first.state):
                 raise RunFailedError(
                     VERIFIER_ROLE,
                     rank,
-                    f"ranks disagree after {type(request).__name__}: rank {self._ranks[0]} has {first.result} in state "
+                    f"ranks disagree after {what}: rank {self._ranks[0]} has {first.result} in state "
                     f"{first.state}, rank {rank} has {reply.result} in state {reply.state}",
                 )
         return first.result

@@ -14,6 +14,7 @@ import torch
 from orchestrator.hierarchy import Hierarchy
 from tests.toy_models import Setup
 from workers.acceptance import RandomSource
+from workers.messages import Draft
 
 
 class BranchingRandom:
@@ -99,5 +100,8 @@ def _state(hierarchy: Hierarchy) -> str:
     for role in (hierarchy.verifier, hierarchy.retriever, hierarchy.drafter):
         if role is not None:
             holders += [role, *([role.model] if hasattr(role, "model") else [])]
-    plain = [{k: v for k, v in vars(holder).items() if isinstance(v, (int, list, dict))} for holder in holders]
+    if hierarchy._ahead is not None:
+        holders.append(hierarchy._ahead)
+    kinds = (int, float, list, dict, Draft)
+    plain = [{k: v for k, v in vars(holder).items() if isinstance(v, kinds)} for holder in holders]
     return repr((hierarchy.session.generated, plain))

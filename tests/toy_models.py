@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from conf.schema import Mode, SamplingConfig
+from conf.schema import Mode, Overlap, SamplingConfig
 from orchestrator.hierarchy import Hierarchy
 from orchestrator.rebuild_policy import RebuildPolicy
 from orchestrator.session import Session
@@ -19,6 +19,7 @@ from orchestrator.text_stream import TextStream
 from workers.acceptance import GumbelCoupling, MaximalCoupling, RandomSource, distribution, make_coupling
 from workers.drafter import Drafter
 from workers.lookup_drafter import LookupDrafter
+from workers.messages import Draft, Verdict
 from workers.retrieval_drafter import RetrievalDrafter
 from workers.target_verifier import TargetVerifier
 
@@ -109,6 +110,27 @@ class MarkovModel:
         return self.length - self.base > self._tail_tokens
 
 
+class SlowVerifier:
+    """A verifier that takes as long as `num_steps` steps of drafting; see orchestrator.hierarchy.VerifierRole."""
+
+    def __init__(self, verifier: TargetVerifier, num_steps: int):
+        self.verifier, self.model, self.num_steps = verifier, verifier.model, num_steps
+        self._draft, self._steps_left = Draft(), 0
+
+    def __getattr__(self, name: str):
+        return getattr(self.verifier, name)
+
+    def begin_verify(self, draft: Draft) -> None:
+        self._draft, self._steps_left = draft, self.num_steps
+
+    def is_verifying(self) -> bool:
+        self._steps_left -= 1
+        return self._steps_left >= 0
+
+    def finish_verify(self) -> Verdict:
+        return self.verifier.verify(self._draft)
+
+
 LOOKUP = "lookup"
 
 
@@ -126,6 +148,9 @@ class Setup:
     prompt: tuple[int, ...] = (0, 1, 0)
     max_new_tokens: int = 12
     rebuild: int | str = "never"
+    overlap: Overlap = Overlap.off
+    num_steps_ahead: int = 2
+    """Of drafting ahead, during each verification."""
     tail_tokens: int = 1000
     """None: where block verification needs it."""
     make: Callable[..., MaximalCoupling | GumbelCoupling] = make_coupling
@@ -146,14 +171,18 @@ class Setup:
         uses_drafter = self.mode in (Mode.triforce, Mode.streaming)
         return Hierarchy(
             session=Session(prompt=list(self.prompt), max_new_tokens=self.max_new_tokens, text_stream=no_text()),
-            verifier=TargetVerifier(
-                self.wrap_target(MarkovModel(self.target)), self._coupling(random, TARGET_LEVEL, is_last=True)
+            verifier=SlowVerifier(
+                TargetVerifier(
+                    self.wrap_target(MarkovModel(self.target)), self._coupling(random, TARGET_LEVEL, is_last=True)
+                ),
+                self.num_steps_ahead,
             ),
             retriever=self._retriever(random) if uses_retrieval else None,
             drafter=self._drafter(random) if uses_drafter else None,
             gamma1=self.gamma1,
             gamma2=0 if self.mode is Mode.autoregressive else self.gamma2,
             rebuild_policy=RebuildPolicy(self.rebuild),
+            overlap=self.overlap,
         )
 
     def _coupling(self, random: RandomSource, level: int, *, is_last: bool = False):
@@ -162,14 +191,15 @@ class Setup:
     def _retriever(self, random: RandomSource) -> RetrievalDrafter:
         tables = self.retrieval if isinstance(self.retrieval, tuple) else (self.retrieval,)
         model = MarkovModel(*tables, num_symbols=self.vocab_size, tail_tokens=self.tail_tokens)
-        return RetrievalDrafter(model, self._coupling(random, RETRIEVAL_LEVEL))
+        names = self.overlap is Overlap.outcomes
+        return RetrievalDrafter(model, self._coupling(random, RETRIEVAL_LEVEL), names_runners_up=names)
 
     def _drafter(self, random: RandomSource) -> Drafter | LookupDrafter:
         coupling = self._coupling(random, DRAFTER_LEVEL)
         if isinstance(self.drafter, str):
             return LookupDrafter(self.vocab_size, one_hot=isinstance(coupling, MaximalCoupling))
         model = self.wrap_drafter(MarkovModel(self.drafter, num_symbols=self.vocab_size))
-        return Drafter(model, coupling, self.vocab_size)
+        return Drafter(model, coupling, self.vocab_size, names_runners_up=self.overlap is Overlap.outcomes)
 
 
 def no_text() -> TextStream:

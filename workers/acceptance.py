@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from conf.schema import Coupling, SamplingConfig
-from workers.messages import Draft, Verdict
+from workers.messages import NO_TOKEN, Draft, Verdict
 
 # Purposes of random numbers. Each level has its own numbers: `level * NUM_PURPOSES + purpose`.
 CHOOSE, ACCEPT, REPLACE, RACE = range(4)
@@ -79,6 +79,9 @@ class RandomSource(Protocol):
     def race(self, probs: torch.Tensor, position: int) -> int:
         """The winner of position's race under `probs` [V]; the same noise for every level."""
 
+    def scores(self, probs: torch.Tensor, position: int) -> torch.Tensor:
+        """By which `race` decides."""
+
 
 class KeyedRandom:
     """Random numbers that depend on seed, position, purpose and the verification's index alone (Philox).
@@ -116,8 +119,12 @@ class KeyedRandom:
         return self.uniform(position, purpose) < probability
 
     def race(self, probs: torch.Tensor, position: int) -> int:
+        return int(self.scores(probs, position).argmax())
+
+    def scores(self, probs: torch.Tensor, position: int) -> torch.Tensor:
+        """Of position's race [V]: the highest wins."""
         # argmax(log p + Gumbel) = argmax(p / E) with E exponential; double, because ties in float would favour low ids.
-        return int((probs.double() / self._exponentials(position, probs)).argmax())
+        return probs.double() / self._exponentials(position, probs)
 
     def _exponentials(self, position: int, probs: torch.Tensor) -> torch.Tensor:
         """The race's noise [V], kept for a while: each level asks for the same positions."""
@@ -128,6 +135,11 @@ class KeyedRandom:
             if len(self._noise) > 256:
                 self._noise.popitem(last=False)
         return self._noise[key]
+
+
+def round_key(num_commits: int, branch: int) -> int:
+    """What `start_round` takes: drafts made ahead on different guesses, or not ahead (0), have numbers of their own."""
+    return branch << 32 | num_commits
 
 
 def readable_draft(draft: Draft, vocab_size: int) -> Draft:
@@ -175,6 +187,13 @@ class MaximalCoupling:
         judge = self._verify_block if self._block else self._verify_tokens
         verdict = judge(draft, target_probs, position)
         return verdict, list(target_probs[: verdict.num_accepted + 1])
+
+    def runners_up(self, logits: torch.Tensor, tokens: list[int], position: int) -> tuple[list[int], list[float]]:
+        """For each of `tokens`, from `position` on: the most probable other token, and how close it comes.
+
+        `logits` [>= n, V] are those the tokens were judged by.
+        """
+        return _second_places(distribution(logits[: len(tokens)], self._sampling), tokens)
 
     def _verify_tokens(self, draft: Draft, target_probs: torch.Tensor, position: int) -> Verdict:
         accepted, ratios = 0, self._ratios(draft, target_probs)
@@ -247,6 +266,30 @@ class GumbelCoupling:
             accepted += 1
             token = self._winner(probs[accepted], position + accepted)
         return Verdict(num_accepted=accepted, next_token=token), None
+
+    def runners_up(self, logits: torch.Tensor, tokens: list[int], position: int) -> tuple[list[int], list[float]]:
+        """See MaximalCoupling.runners_up: here the second place in each token's race."""
+        if self._sampling.is_greedy:
+            return _second_places(torch.softmax(logits[: len(tokens)].float(), -1), tokens)
+        probs = distribution(logits[: len(tokens)], self._sampling)
+        races = [self._random.scores(row, position + index) for index, row in enumerate(probs)]
+        return _second_places(torch.stack(races), tokens)
+
+
+def _second_places(scores: torch.Tensor, tokens: list[int]) -> tuple[list[int], list[float]]:
+    """By scores [n, V] >= 0: the best other token than each of `tokens`, and its share of the token's own score."""
+    own_ids = torch.tensor(tokens, device=scores.device)[:, None]
+    own = scores.gather(-1, own_ids)
+    best, ids = scores.scatter(-1, own_ids, 0).max(-1)
+    closeness = (best / own[:, 0].clamp_min(torch.finfo(scores.dtype).tiny)).clamp(0, 1)
+    pairs = zip(ids.tolist(), best.tolist(), strict=True)
+    return [token if score > 0 else NO_TOKEN for token, score in pairs], closeness.tolist()
+
+
+def add_runners_up(draft: Draft, runners_up: list[int], closeness: list[float]) -> None:
+    """Of its newest tokens."""
+    draft.runners_up += runners_up
+    draft.closeness += closeness
 
 
 def residual(target_probs: torch.Tensor, draft_probs: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from workers.acceptance import NotFiniteError
+from workers.acceptance import NotFiniteError, add_runners_up, round_key
 from workers.level import CachedModel, Level
 from workers.messages import DRAFTER, Draft
 
@@ -12,16 +12,19 @@ logger = logging.getLogger(__name__)
 
 
 class Drafter(Level):
-    """Draws tokens one after another; `vocab_size` is the target's: ids beyond it are never drafted."""
+    """Draws tokens one after another; `vocab_size` is the target's: ids beyond it are never drafted.
 
-    def __init__(self, model: CachedModel, coupling, vocab_size: int):
+    `names_runners_up`: of each token, for drafting ahead.
+    """
+
+    def __init__(self, model: CachedModel, coupling, vocab_size: int, *, names_runners_up: bool = False):
         super().__init__(model)
-        self._coupling, self._vocab_size = coupling, vocab_size
+        self._coupling, self._vocab_size, self._names_runners_up = coupling, vocab_size, names_runners_up
         self.num_failures = 0
 
-    def propose(self, after: list[int], count: int) -> Draft:
+    def propose(self, after: list[int], count: int, branch: int = 0) -> Draft:
         """See orchestrator.hierarchy.DrafterRole. A broken row of logits ends the draft early: it costs speed only."""
-        self._coupling.start_round(self.num_commits)
+        self._coupling.start_round(round_key(self.num_commits, branch))
         draft, distributions = Draft(), []
         first_position = len(self.committed) + len(after)
         for index in range(count):
@@ -34,6 +37,8 @@ class Drafter(Level):
                 break
             draft.tokens.append(token)
             distributions.append(probs)
+            if self._names_runners_up:
+                add_runners_up(draft, *self._coupling.runners_up(logits[None], [token], first_position + index))
         draft.origins = [DRAFTER] * len(draft)
         if draft.tokens and distributions[0] is not None:
             draft.probs = distributions

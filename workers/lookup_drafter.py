@@ -41,7 +41,7 @@ class LookupDrafter:
                     followers[tuple(self._tokens[-length:])] = len(self._tokens)
             self._tokens.append(token)
 
-    def propose(self, after: list[int], count: int) -> Draft:
+    def propose(self, after: list[int], count: int, branch: int = 0) -> Draft:
         """See orchestrator.hierarchy.DrafterRole; nothing where nothing matches."""
         suffix = (self._tokens[-self.MAX_MATCH :] + after)[-self.MAX_MATCH :]
         for length in range(min(self.MAX_MATCH, len(suffix)), self.MIN_MATCH - 1, -1):

@@ -14,6 +14,7 @@ PROTOCOL_VERSION = 1
 """Raised with every change of these types: processes of different versions refuse each other."""
 
 DRAFTER, RETRIEVAL, TARGET = "drafter", "retrieval", "target"
+NO_TOKEN = -1
 
 
 # ---- Between levels. ----
@@ -27,6 +28,10 @@ class Draft(msgspec.Struct, kw_only=True, tag=True):
     """The level that first proposed each token."""
     probs: list[Any] | None = None
     """One tensor [vocabulary] for each token; None where acceptance is by equality (gumbel, greedy)."""
+    runners_up: list[int] = []
+    """Where drafting ahead wants it: what each token would be if it were not what it is; NO_TOKEN: nothing else."""
+    closeness: list[float] = []
+    """Of each runner-up to its token, between 0 and 1."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -35,13 +40,32 @@ class Draft(msgspec.Struct, kw_only=True, tag=True):
         """Appends `other`, which continues this draft."""
         self.tokens += other.tokens
         self.origins += other.origins
+        self.runners_up += other.runners_up
+        self.closeness += other.closeness
         if other.probs is not None:
             self.probs = (self.probs or []) + other.probs
 
     def cut(self, count: int) -> Draft:
         """The first `count` tokens."""
-        probs = None if self.probs is None else self.probs[:count]
-        return Draft(tokens=self.tokens[:count], origins=self.origins[:count], probs=probs)
+        return self._part(slice(0, count))
+
+    def without_first(self) -> Draft:
+        """All tokens but the first."""
+        return self._part(slice(1, None))
+
+    def _part(self, part: slice) -> Draft:
+        return Draft(
+            tokens=self.tokens[part],
+            origins=self.origins[part],
+            probs=None if self.probs is None else self.probs[part],
+            runners_up=self.runners_up[part],
+            closeness=self.closeness[part],
+        )
+
+    def runner_up(self, index: int) -> int | None:
+        """Of the token `index`, where it is known."""
+        known = index < len(self.runners_up) and self.runners_up[index] != NO_TOKEN
+        return self.runners_up[index] if known else None
 
 
 class Verdict(msgspec.Struct, kw_only=True, tag=True):
@@ -88,11 +112,13 @@ class Commit(msgspec.Struct, tag=True):
 class Propose(msgspec.Struct, tag=True):
     after: list[int]
     count: int
+    branch: int = 0
 
 
 class Extend(msgspec.Struct, tag=True):
     after: list[int]
     draft: Draft
+    branch: int = 0
 
 
 class Verify(msgspec.Struct, tag=True):

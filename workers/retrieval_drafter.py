@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from workers.acceptance import NotFiniteError, readable_draft
+from workers.acceptance import NotFiniteError, add_runners_up, readable_draft, round_key
 from workers.level import CachedModel, Level
 from workers.messages import RETRIEVAL, Draft, InnerStep
 
@@ -12,11 +12,14 @@ logger = logging.getLogger(__name__)
 
 
 class RetrievalDrafter(Level):
-    """Hands up tokens distributed exactly as the retrieval model samples: kept drafts, then a token of its own."""
+    """Hands up tokens distributed exactly as the retrieval model samples: kept drafts, then a token of its own.
 
-    def __init__(self, model: CachedModel, coupling):
+    `names_runners_up`: of each token, for drafting ahead.
+    """
+
+    def __init__(self, model: CachedModel, coupling, *, names_runners_up: bool = False):
         super().__init__(model)
-        self._coupling = coupling
+        self._coupling, self._names_runners_up = coupling, names_runners_up
         self.num_failures = 0
 
     def prefill(self, prompt: list[int], num_commits: int = 0) -> None:
@@ -24,9 +27,9 @@ class RetrievalDrafter(Level):
         self.committed, self.num_commits = list(prompt), num_commits
         self._held, self._num_agreed = [], 0
 
-    def extend(self, after: list[int], draft: Draft) -> InnerStep:
+    def extend(self, after: list[int], draft: Draft, branch: int = 0) -> InnerStep:
         """See orchestrator.hierarchy.RetrieverRole. A broken row of logits hands up nothing: it costs speed only."""
-        self._coupling.start_round(self.num_commits)
+        self._coupling.start_round(round_key(self.num_commits, branch))
         num_proposed, draft = len(draft), readable_draft(draft, self.model.vocab_size)
         logits = self.logits_after(after, draft.tokens)
         try:
@@ -36,7 +39,11 @@ class RetrievalDrafter(Level):
             logger.warning("the retrieval draft's logits are not finite; going on without this draft")
             return InnerStep(draft=Draft(), num_proposed=num_proposed, num_accepted=0)
         kept = draft.cut(verdict.num_accepted)
-        handed_up = Draft(tokens=[*kept.tokens, verdict.next_token], origins=[*kept.origins, RETRIEVAL], probs=probs)
+        tokens, origins = [*kept.tokens, verdict.next_token], [*kept.origins, RETRIEVAL]
+        handed_up = Draft(tokens=tokens, origins=origins, probs=probs)
+        if self._names_runners_up:
+            first_position = len(self.committed) + len(after)
+            add_runners_up(handed_up, *self._coupling.runners_up(logits, handed_up.tokens, first_position))
         return InnerStep(draft=handed_up, num_proposed=num_proposed, num_accepted=verdict.num_accepted)
 
     def refresh(self, update) -> None:

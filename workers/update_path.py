@@ -146,8 +146,8 @@ class ReceivingRetriever:
     def prefill(self, prompt: list[int], num_commits: int) -> None:
         self._retriever.prefill(prompt, num_commits)
 
-    def extend(self, after: list[int], draft: Draft) -> InnerStep:
-        return self._retriever.extend(after, draft)
+    def extend(self, after: list[int], draft: Draft, branch: int = 0) -> InnerStep:
+        return self._retriever.extend(after, draft, branch)
 
     def commit(self, tokens: list[int]) -> None:
         self._retriever.commit(tokens)

@@ -88,9 +88,9 @@ def respond(role: Any, request: Request) -> Result:
         case Commit():
             return Plain(role.commit(request.tokens))
         case Propose():
-            return role.propose(request.after, request.count)
+            return role.propose(request.after, request.count, request.branch)
         case Extend():
-            return role.extend(request.after, request.draft)
+            return role.extend(request.after, request.draft, request.branch)
         case Verify():
             return role.verify(request.draft)
         case MakeUpdate():
@@ -225,8 +225,7 @@ class _RoleThread:
         self._follow(request)
         result = respond(self._role, request)
         if self._strips_probs and isinstance(result, InnerStep):
-            kept = result.draft
-            result.draft = Draft(tokens=kept.tokens, origins=kept.origins)
+            result.draft = Draft(tokens=result.draft.tokens, origins=result.draft.origins)
         return result
 
     def _follow(self, request: Request) -> None:

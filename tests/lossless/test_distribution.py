@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from conf.schema import Coupling, Mode, SamplingConfig
+from conf.schema import Coupling, Mode, Overlap, SamplingConfig
 from tests.lossless.wrong_rules import (
     BonusFromThePositionBefore,
     ProposalStoredUncut,
@@ -80,6 +80,9 @@ SETUPS = {
     "streaming_block_redrafting": redrafting_setup(),
     "streaming_top_p": setup_for(Mode.streaming, TOP_P, gamma2=2),
     "streaming_lookup": setup_for(Mode.streaming, drafter=LOOKUP, gamma2=2).but(prompt=(1, 2, 3, 1, 5, 0, 1, 2, 0)),
+    "triforce_ahead": setup_for(Mode.triforce, gamma1=2, gamma2=2, overlap=Overlap.ahead),
+    "triforce_outcomes": setup_for(Mode.triforce, DEFAULT, gamma2=2, overlap=Overlap.outcomes, num_steps_ahead=5),
+    "streaming_block_outcomes": setup_for(Mode.streaming, BLOCK, gamma2=3, overlap=Overlap.outcomes, num_steps_ahead=4),
     "autoregressive": setup_for(Mode.autoregressive),
     "gumbel": setup_for(Mode.triforce, GUMBEL, gamma1=2, gamma2=2),
     "gumbel_default": setup_for(Mode.streaming, GUMBEL_TOP_P, gamma2=2),

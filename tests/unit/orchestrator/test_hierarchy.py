@@ -49,7 +49,7 @@ class Role:
 class ScriptedDrafter(Role):
     """Drafts 10, 11, 12, ... by the number of tentative tokens before."""
 
-    def propose(self, after: list[int], count: int) -> Draft:
+    def propose(self, after: list[int], count: int, branch: int = 0) -> Draft:
         self.note("propose", tuple(after), count)
         return Draft(tokens=[10 + len(after) + index for index in range(count)], origins=[DRAFTER] * count)
 
@@ -57,7 +57,7 @@ class ScriptedDrafter(Role):
 class ScriptedRetriever(Role):
     """Adds a 20 to what it keeps."""
 
-    def extend(self, after: list[int], draft: Draft) -> InnerStep:
+    def extend(self, after: list[int], draft: Draft, branch: int = 0) -> InnerStep:
         self.note("extend", tuple(after), tuple(draft.tokens))
         kept = draft.cut(min(self.script.inner_accepts, len(draft)))
         handed_up = Draft(tokens=[*kept.tokens, 20], origins=[*kept.origins, RETRIEVAL])
@@ -113,9 +113,9 @@ def test_the_target_alone_gives_the_first_token():
     first = make_hierarchy(script).start()
     assert (first.index, first.tokens, first.proposed, first.inner_steps) == (0, [7], [], [])
     assert script.calls == [
-        ("target", "prefill", (1, 2)),
-        ("retrieval", "prefill", (1, 2)),
         ("drafter", "prefill", (1, 2)),
+        ("retrieval", "prefill", (1, 2)),
+        ("target", "prefill", (1, 2)),
         ("target", "verify", ()),
         ("target", "commit", (7,)),
         ("retrieval", "commit", (7,)),

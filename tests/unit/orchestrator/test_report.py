@@ -41,6 +41,7 @@ def test_each_round_is_a_line_at_once(report, tmp_path):
         "tokens": [1, 3],
         "inner_steps": [[2, 1]],
         "rebuilt": False,
+        "ahead": None,
         "seconds": 0.5,
         "phases_s": {"draft": 0.25},
     }
