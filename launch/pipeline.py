@@ -20,12 +20,12 @@ from conf.schema import ConfigError, RunConfig, to_plain
 from launch.engine import Prepared, make_hierarchy, make_session, plan_input_for, with_budget_in_context
 from launch.guard import ENDPOINTS
 from launch.rendezvous import publish_endpoints
-from launch.role_process import Assignment
+from launch.role_process import WEIGHTS, Assignment
 from launch.roles import disk_folder
 from launch.sizing import FreeBytes
 from orchestrator.crew import PROCESS, Crew, RunFailedError, TimeLimits
 from orchestrator.hierarchy import Hierarchy
-from orchestrator.placement import Placement, Seat, devices_for
+from orchestrator.placement import VERIFIER_ROLE, Placement, Seat, devices_for
 from orchestrator.remote_roles import RemoteDrafter, RemoteRetriever, RemoteVerifier
 from tiers.plan import MemoryPlan, drafter_plan, make_plan, retriever_plan, without_retrieval_cache
 from workers.channel import Endpoints, Hub
@@ -177,7 +177,7 @@ def build_remote(
     ]
     assignments = _assignments(config, prepared, company, seats, devices, plans, seed, max_new_tokens)
     absolute = replace(config, output=str(Path(config.output).absolute()))
-    built = crew.build(to_plain(absolute), assignments)
+    built = _build_all(crew, placement, to_plain(absolute), assignments)
     notes += sorted({note for each in built.values() for note in each.notes})
     if config.tiers.link.gb_per_s is not None:
         notes.append(f"the link from host to device is emulated: {config.tiers.link.gb_per_s:g} GB/s")
@@ -197,6 +197,20 @@ def build_remote(
         drafter=RemoteDrafter(crew, placement.drafter_rank) if config.uses_drafter else None,
     )
     return RemoteEngine(hierarchy=hierarchy, notes=notes, _crew=crew, _plans=plans)
+
+
+def _build_all(
+    crew: Crew, placement: Placement, config: dict[str, Any], assignments: dict[int, dict[str, Any]]
+) -> dict[int, Built]:
+    """A retriever that takes a verifier's weights is built behind it, everything else at once."""
+    takers = []
+    if assignments[placement.verifier_ranks[0]]["gives_weights"]:
+        takers = list(placement.retriever_ranks)
+    built = crew.build(config, {rank: told for rank, told in assignments.items() if rank not in takers})
+    for rank in takers:
+        assignments[rank]["weights"] = built[placement.verifier_ranks[0]].shared[WEIGHTS]
+        built |= crew.build(config, {rank: assignments[rank]})
+    return built
 
 
 # ---- What each process is told. ----
@@ -229,6 +243,8 @@ def _assignments(config, prepared, company, seats, devices, plans, seed, max_new
             same_host=is_one_machine,
             stall_timeout_s=config.placement.stall_timeout_s,
             update_path=path,
+            # A part of the weights is of no use to a retriever that has all of them.
+            gives_weights=path == "shared_memory" and shard_size == 1 and VERIFIER_ROLE in roles,
             log=str(folder / f"rank{rank}-{'+'.join(roles) or 'idle'}.log"),
         )
         assignments[rank] = msgspec.to_builtins(assignment)
@@ -276,7 +292,9 @@ class _Planner:
         if is_apart:
             retriever, drafter = placement.retriever_ranks[0], placement.drafter_rank
             plans[drafter] = drafter_plan(whole, self._config.cache)
-            plans[retriever] = retriever_plan(whole, self._config.cache)
+            shares_weights = _update_path(placement, self._seats, self._devices) == "shared_memory"
+            shares_weights &= placement.tensor_parallel == 1
+            plans[retriever] = retriever_plan(whole, self._config.cache, has_weights=not shares_weights)
         verifier = self._verifier_plan(plans)
         for rank in placement.verifier_ranks:
             plans[rank] = without_retrieval_cache(verifier) if is_apart else verifier

@@ -29,10 +29,12 @@ from tiers.memory import device_free_bytes, disk_free_bytes, host_free_bytes
 from tiers.plan import RETRIEVAL_PARTS, MemoryPlan
 from tiers.shared_memory import AttachedPart, SharedArena
 from workers.channel import Endpoints, Line, PingListener
-from workers.collectives import GroupAllReduce, SharedMemoryAllReduce, has_ordered_stores
+from workers.collectives import ByThread, GroupAllReduce, SharedMemoryAllReduce, has_ordered_stores
 from workers.model import CausalModel, RetrievalModel, SharedRetrievalModel
 from workers.pretrained import describe
 from workers.shard import WHOLE, Shard, own_heads
+from workers.shared_weights import SharedWeights
+from workers.tensor_parallel import AllReduce
 from workers.update_path import (
     Carried,
     Carrying,
@@ -45,7 +47,9 @@ from workers.update_path import (
 from workers.worker import Worker
 
 PR_SET_PDEATHSIG = 1
-RETRIEVAL_CACHE = "retrieval_cache"
+SHARDED = (VERIFIER_ROLE, RETRIEVER_ROLE)
+RETRIEVAL_CACHE, WEIGHTS = "retrieval_cache", "weights"
+"""Names of what processes share; see workers.messages.Built."""
 
 
 class Assignment(msgspec.Struct, kw_only=True):
@@ -70,6 +74,10 @@ class Assignment(msgspec.Struct, kw_only=True):
     stall_timeout_s: float = 60.0
     update_path: str = "same_process"
     """same_process, shared_memory or carried; see workers.update_path."""
+    gives_weights: bool = False
+    """To a retriever on the same device..."""
+    weights: dict[str, Any] | None = None
+    """...which gets them by this description."""
     log: str | None = None
     """A file for what this process has to say."""
 
@@ -82,6 +90,7 @@ class Roles:
         self._device = torch.device(assignment.device)
         self._group: dist.ProcessGroup | None = None
         self._arena: SharedArena | None = None
+        self._weights: SharedWeights | None = None
         self._prefill = (0, 0)
         self.is_first_shard = assignment.shard_rank == 0
         self.roles: dict[str, Any] = {}
@@ -123,30 +132,39 @@ class Roles:
             self.roles[DRAFTER_ROLE] = builder.drafter(facts, self._whole.config.get_text_config().vocab_size)
 
     def _load_target(self) -> CausalModel:
+        if self._assignment.weights is not None:
+            return self._builder.take_target(self._assignment.weights)
         if self._shard == WHOLE:
-            return self._builder.load_target()
+            target = self._builder.load_target()
+            if self._assignment.gives_weights:
+                self._weights = SharedWeights(target)
+                self.shared[WEIGHTS] = self._weights.description()
+            return target
         return self._builder.load_target(all_reduce=self._all_reduce())
 
-    def _all_reduce(self):
-        """NCCL between GPUs; between processors of one machine shared memory, else gloo."""
+    def _all_reduce(self) -> AllReduce:
+        """NCCL between GPUs; between processors of one machine shared memory, else gloo. Each role has its own."""
         assignment = self._assignment
         timeout = timedelta(seconds=assignment.stall_timeout_s)
         host, port = assignment.store
         store = dist.PrefixStore(assignment.group, dist.TCPStore(host, port, is_master=False, timeout=timeout))
         if self._device.type == "cpu" and assignment.same_host and has_ordered_stores():
-            return self._shared_memory_sum(store)
-        backend = "nccl" if self._device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=store, rank=self._shard.rank, world_size=self._shard.size, timeout=timeout
-        )
-        self._group = dist.group.WORLD
-        return GroupAllReduce(self._group)
+            ways = {role: self._shared_memory_sum(store, role) for role in sorted(assignment.roles) if role in SHARDED}
+        else:
+            backend = "nccl" if self._device.type == "cuda" else "gloo"
+            dist.init_process_group(
+                backend, store=store, rank=self._shard.rank, world_size=self._shard.size, timeout=timeout
+            )
+            self._group = dist.group.WORLD
+            roles = sorted(role for role in assignment.roles if role in SHARDED)
+            ways = {role: GroupAllReduce(dist.new_group(timeout=timeout)) for role in roles}
+        return ByThread(ways[VERIFIER_ROLE], ways)
 
-    def _shared_memory_sum(self, store: dist.Store) -> SharedMemoryAllReduce:
-        path = Path("/dev/shm", f"tierforce-{os.getuid()}-{os.getpid()}")
+    def _shared_memory_sum(self, store: dist.Store, role: str) -> SharedMemoryAllReduce:
+        path = Path("/dev/shm", f"tierforce-{os.getuid()}-{os.getpid()}-{role}")
         if self._shard.rank == 0:
-            store.set("path", str(path))
-        path = Path(store.get("path").decode())
+            store.set(role, str(path))
+        path = Path(store.get(role).decode())
         limit = self._assignment.stall_timeout_s
         return SharedMemoryAllReduce(path, self._shard, timeout_seconds=limit, start_timeout_seconds=limit)
 

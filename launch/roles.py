@@ -30,6 +30,7 @@ from workers.lookup_drafter import LookupDrafter
 from workers.model import CausalModel, RetrievalModel, StreamingModel, TargetModel
 from workers.pretrained import ModelFacts, load_model
 from workers.retrieval_drafter import RetrievalDrafter
+from workers.shared_weights import load_shared_model
 from workers.target_verifier import TargetVerifier
 
 LEVEL_DRAFTER, LEVEL_RETRIEVAL, LEVEL_TARGET = 1, 2, 3
@@ -101,6 +102,11 @@ class RoleBuilder:
     def load_target(self, **how) -> CausalModel:
         """See workers.pretrained.load_model. Raises ConfigError."""
         return self._load(self.target_facts, **how)
+
+    def take_target(self, description: dict) -> CausalModel:
+        """On the weights of another process; see workers.shared_weights."""
+        self.models.append(load_shared_model(self.target_facts, description, self.device))
+        return self.models[-1]
 
     def _load(self, facts: ModelFacts, **how) -> CausalModel:
         self.weight_bytes += facts.num_weight_bytes

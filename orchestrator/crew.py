@@ -143,18 +143,18 @@ class Crew:
             self.pump(TICK_SECONDS)
 
     def build(self, config: dict[str, Any], assignments: dict[int, dict[str, Any]]) -> dict[int, Built]:
-        """Every process loads and allocates what it is assigned; all at once. Raises RunFailedError."""
+        """These processes load and allocate what they are assigned, at once. Raises RunFailedError."""
         self._config = config
-        for rank, member in self.members.items():
-            member.assignment = assignments[rank]
-        calls = {rank: self.post(f"{rank}.{PROCESS}", self._build_request(rank)) for rank in self.members}
+        for rank, assignment in assignments.items():
+            self.members[rank].assignment = assignment
+        calls = {rank: self.post(f"{rank}.{PROCESS}", self._build_request(rank)) for rank in assignments}
         built = {rank: self.wait(call, self.limits.start_s) for rank, call in calls.items()}
         began = self._clock()
-        lines = [f"{rank}.{role}" for rank, member in self.members.items() for role in member.roles]
+        lines = [f"{rank}.{role}" for rank in assignments for role in assignments[rank]["roles"]]
         while not all(self.hub.knows(line) for line in lines) and self._clock() - began < self.limits.start_s:
             self.pump(TICK_SECONDS)
-        for member in self.members.values():
-            member.is_lost = False
+        for rank in assignments:
+            self.members[rank].is_lost = False
         return built
 
     def _build_request(self, rank: int) -> Build:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from functools import partial
 from typing import Any, Protocol
 
 from conf.schema import Overlap

@@ -281,10 +281,10 @@ def _largest_context(inputs: PlanInput, cache: CacheConfig) -> int:
     return low
 
 
-def retriever_plan(inputs: PlanInput, cache: CacheConfig) -> MemoryPlan:
-    """Of a process that holds the whole target on a retrieval cache, and nothing else."""
+def retriever_plan(inputs: PlanInput, cache: CacheConfig, *, has_weights: bool) -> MemoryPlan:
+    """Of a process that holds the target on a retrieval cache; its weights may be another's."""
     plan = _plan_with(inputs, cache, inputs.target_shape.num_layers, 0)
-    return _with_parts(plan, ("target weights", "activations", *RETRIEVAL_PARTS))
+    return _with_parts(plan, (*["target weights"] * has_weights, "activations", *RETRIEVAL_PARTS))
 
 
 def drafter_plan(inputs: PlanInput, cache: CacheConfig) -> MemoryPlan:

@@ -87,6 +87,24 @@ def attached(description: dict[str, Any]) -> list[torch.Tensor]:
     return tensors
 
 
+def cuda_handle(tensor: torch.Tensor) -> dict[str, Any]:
+    """What `from_cuda_handle` needs in another process to have this tensor of a GPU; JSON types and bytes."""
+    return {
+        "storage": list(tensor.untyped_storage()._share_cuda_()),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "size": list(tensor.shape),
+        "stride": list(tensor.stride()),
+        "offset": tensor.storage_offset(),
+    }
+
+
+def from_cuda_handle(handle: dict[str, Any]) -> torch.Tensor:
+    """The same memory."""
+    storage = torch.UntypedStorage._new_shared_cuda(*handle["storage"])
+    empty = torch.empty(0, dtype=getattr(torch, handle["dtype"]), device=storage.device)
+    return empty.set_(storage, handle["offset"], handle["size"], handle["stride"])
+
+
 class AttachedPart:
     """A tier whose tensors are those of another process's arena, in the order they were allocated there.
 

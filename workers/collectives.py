@@ -10,6 +10,7 @@ import errno
 import mmap
 import os
 import platform
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from workers.shard import Shard
+from workers.tensor_parallel import AllReduce
 
 SLOT_BYTES = 1 << 20
 """A rank's place in a buffer; larger tensors pass in slices."""
@@ -35,6 +37,19 @@ class GroupAllReduce:
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         dist.all_reduce(tensor, group=self._group)
+
+
+class ByThread:
+    """One way for each thread that computes: two roles of a process, which run side by side, must not mix their sums.
+
+    `ways` by the thread's name; `default` is for all others.
+    """
+
+    def __init__(self, default: AllReduce, ways: dict[str, AllReduce]):
+        self._default, self._ways = default, ways
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        self._ways.get(threading.current_thread().name, self._default).all_reduce(tensor)
 
 
 def has_ordered_stores() -> bool:
