@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from functools import partial
 from typing import Any, Protocol
 
 from conf.schema import Overlap
