@@ -11,6 +11,8 @@ from typing import Any
 
 MAX_GAMMA1 = 64
 MAX_GAMMA2 = 256
+AUTO = "auto"
+MAX_AUTO_GAMMA1, MAX_AUTO_GAMMA2 = 8, 64
 MAX_STOP_STRINGS = 64
 GREEDY_BELOW_TEMPERATURE = 1e-5
 LOOKUP_DRAFTER, NO_DRAFTER = "lookup", "none"
@@ -135,25 +137,38 @@ class DecodingConfig:
 
     mode: Mode = Mode.triforce
     """triforce: all levels; retrieval: no drafter; streaming: drafter straight to the target; autoregressive: none."""
-    gamma1: int = 2
-    """Tokens drafted per inner step; 0 leaves the drafter out."""
-    gamma2: int = 8
-    """Tokens proposed per verification, at least; 0 is autoregressive decoding."""
+    gamma1: int | str = 2
+    """Tokens drafted per inner step; 0 leaves the drafter out; auto: chosen before each round from measured costs and
+    running acceptance. The tokens of a seed then depend on the machine's speed, unless sampling.coupling is gumbel."""
+    gamma2: int | str = 8
+    """Tokens proposed per verification, at least; 0 is autoregressive decoding; auto: chosen likewise, 0 among them."""
     overlap: Overlap = Overlap.off
     """What is drafted while the target verifies: off: nothing; ahead: what follows if the whole block is accepted;
     outcomes: what follows each likely outcome, best with sampling.coupling=gumbel."""
 
     def __post_init__(self) -> None:
         for key, value, limit in (("gamma1", self.gamma1, MAX_GAMMA1), ("gamma2", self.gamma2, MAX_GAMMA2)):
-            require(0 <= value <= limit, f"decoding.{key}", value, f"between 0 and {limit}")
+            legal = value == AUTO if isinstance(value, str) else 0 <= value <= limit
+            require(legal, f"decoding.{key}", value, f"an integer between 0 and {limit}, or auto")
+
+    @property
+    def most_gamma1(self) -> int:
+        """The largest that a round may have."""
+        return MAX_AUTO_GAMMA1 if self.gamma1 == AUTO else int(self.gamma1)
+
+    @property
+    def most_gamma2(self) -> int:
+        """See `most_gamma1`."""
+        return MAX_AUTO_GAMMA2 if self.gamma2 == AUTO else int(self.gamma2)
 
 
 @dataclass(kw_only=True, slots=True)
 class RetrievalCacheConfig:
     """Level 2: the chunks of the context that the retrieval draft sees."""
 
-    budget: int = 1024
-    """Tokens per layer and kv head; 0 leaves the level out; more than the context is cut to it."""
+    budget: int | str = 1024
+    """Tokens per layer and kv head; 0 leaves the level out; more than the context is cut to it; auto: chosen at
+    rebuilds from measured costs and running acceptance, of what a quarter of the context has room for."""
     chunk_size: int = 8
     """Tokens that are chosen together."""
     rule: ChunkRule = ChunkRule.attention
@@ -172,8 +187,9 @@ class RetrievalCacheConfig:
     def __post_init__(self) -> None:
         key = "cache.retrieval"
         require(self.chunk_size >= 1, f"{key}.chunk_size", self.chunk_size, ">= 1, for example 8")
-        require(self.budget >= 0, f"{key}.budget", self.budget, ">= 0, for example 1024")
-        if self.budget % self.chunk_size:
+        legal = self.budget == AUTO if isinstance(self.budget, str) else self.budget >= 0
+        require(legal, f"{key}.budget", self.budget, ">= 0, for example 1024, or auto")
+        if self.budget != AUTO and self.budget % self.chunk_size:
             nearest = max(1, round(self.budget / self.chunk_size)) * self.chunk_size
             rule = f"a multiple of {key}.chunk_size={self.chunk_size}, for example {nearest}"
             raise ConfigError(f"{key}.budget is {self.budget}; it must be {rule}")
@@ -415,8 +431,8 @@ class RunConfig:
         return (
             self.decoding.mode in (Mode.triforce, Mode.streaming)
             and self.model.drafter != NO_DRAFTER
-            and self.decoding.gamma1 > 0
-            and self.decoding.gamma2 > 0
+            and self.decoding.gamma1 != 0
+            and self.decoding.gamma2 != 0
         )
 
     @property
@@ -430,8 +446,8 @@ class RunConfig:
         """Level 2 takes part."""
         return (
             self.decoding.mode in (Mode.triforce, Mode.retrieval)
-            and self.cache.retrieval.budget > 0
-            and self.decoding.gamma2 > 0
+            and self.cache.retrieval.budget != 0
+            and self.decoding.gamma2 != 0
         )
 
 

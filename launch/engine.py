@@ -10,10 +10,11 @@ from functools import partial
 
 import torch
 
-from conf.schema import LOOKUP_DRAFTER, ConfigError, Dtype, RunConfig
+from conf.schema import AUTO, LOOKUP_DRAFTER, ConfigError, Dtype, RunConfig
 from launch.roles import RoleBuilder, disk_folder
-from launch.sizing import FreeBytes, ModelSize, plan_input, streaming_slack
+from launch.sizing import FreeBytes, ModelSize, budgets, gammas1, gammas2, plan_input, streaming_slack
 from orchestrator.hierarchy import Hierarchy
+from orchestrator.pace import AdaptivePace
 from orchestrator.rebuild_policy import RebuildPolicy
 from orchestrator.session import Session
 from orchestrator.text_stream import TextStream
@@ -145,7 +146,8 @@ class Engine:
 def build(config: RunConfig, prepared: Prepared, prompt_ids: list[int], max_new_tokens: int, seed: int) -> Engine:
     """Plans the memory, then loads weights and makes the caches. Raises ConfigError."""
     max_tokens = len(prompt_ids) + max_new_tokens
-    config = with_budget_in_context(config, len(prompt_ids), notes := list(prepared.notes))
+    pace = make_pace(config, len(prompt_ids))
+    config = with_known_budget(config, len(prompt_ids), notes := list(prepared.notes))
     inputs = plan_input_for(
         config, prepared, max_tokens=max_tokens, max_new_tokens=max_new_tokens, free=_free_bytes(config, prepared)
     )
@@ -159,6 +161,7 @@ def build(config: RunConfig, prepared: Prepared, prompt_ids: list[int], max_new_
         hierarchy = make_hierarchy(
             config,
             make_session(config, prepared, prompt_ids, max_new_tokens),
+            pace=pace,
             verifier=verifier,
             retriever=builder.retriever(target) if config.uses_retrieval else None,
             drafter=builder.drafter(prepared.drafter, target.vocab_size) if config.uses_drafter else None,
@@ -189,27 +192,39 @@ def make_session(config: RunConfig, prepared: Prepared, prompt_ids: list[int], m
     )
 
 
-def make_hierarchy(config: RunConfig, session: Session, **roles) -> Hierarchy:
+def make_pace(config: RunConfig, num_prompt_tokens: int) -> AdaptivePace | None:
+    """Chooses what is `auto`; None where nothing is."""
+    of_budget = budgets(config, num_prompt_tokens)
+    chooses = AUTO in (config.decoding.gamma1, config.decoding.gamma2) or len(of_budget) > 1
+    drafts = config.uses_drafter or config.uses_retrieval
+    return AdaptivePace(gammas1(config), gammas2(config), of_budget) if chooses and drafts else None
+
+
+def make_hierarchy(config: RunConfig, session: Session, *, pace: AdaptivePace | None = None, **roles) -> Hierarchy:
     """`roles`: see Hierarchy; those of this process, or what stands for them."""
     rebuild = config.cache.retrieval.rebuild
     if config.overlaps and not hasattr(roles["verifier"], "begin_verify"):
         roles["verifier"] = InBackground(roles["verifier"])
     return Hierarchy(
         session=session,
-        gamma1=config.decoding.gamma1,
-        gamma2=config.decoding.gamma2,
+        gamma1=config.decoding.most_gamma1,
+        gamma2=config.decoding.most_gamma2,
+        pace=pace,
         overlap=config.decoding.overlap,
         rebuild_policy=RebuildPolicy(int(rebuild) if rebuild.isdigit() else rebuild),
         **roles,
     )
 
 
-def with_budget_in_context(config: RunConfig, num_prompt_tokens: int, notes: list[str]) -> RunConfig:
-    retrieval = config.cache.retrieval
-    most = -(-num_prompt_tokens // retrieval.chunk_size) * retrieval.chunk_size
-    if not config.uses_retrieval or retrieval.budget <= most:
+def with_known_budget(config: RunConfig, num_prompt_tokens: int, notes: list[str]) -> RunConfig:
+    """With the budget that memory is planned for: as configured, cut to the prompt; the most that `auto` takes."""
+    if not config.uses_retrieval:
         return config
-    notes.append(f"cache.retrieval.budget={retrieval.budget} is more than the prompt: cut to {most}")
+    retrieval, most = config.cache.retrieval, budgets(config, num_prompt_tokens)[-1]
+    if retrieval.budget == AUTO:
+        notes.append(f"cache.retrieval.budget=auto: at most {most}")
+    elif retrieval.budget > most:
+        notes.append(f"cache.retrieval.budget={retrieval.budget} is more than the prompt: cut to {most}")
     return replace(config, cache=replace(config.cache, retrieval=replace(retrieval, budget=most)))
 
 

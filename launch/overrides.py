@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.schema import ConfigError, RunConfig
+from conf.schema import AUTO, ConfigError, RunConfig
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = ("model", "placement")
@@ -82,6 +82,14 @@ def check_override(override: Override) -> None:
         inner = error.full_key if error.full_key in kinds else key
         subject = "it" if inner == key else inner
         raise ConfigError(f"{key} is {text_of(override)!r}; {subject} must be {legal_value(inner)}") from None
+    value = override.value()
+    if is_auto_count(kinds[key][0]) and isinstance(value, str) and value != AUTO:
+        raise ConfigError(f"{key} is {text_of(override)!r}; it must be {legal_value(key)}")
+
+
+def is_auto_count(kind: Any) -> bool:
+    """An integer, or `auto`."""
+    return set(typing.get_args(kind)) == {int, str}
 
 
 def check_choice(override: Override) -> None:
@@ -120,7 +128,7 @@ def legal_value(key: str) -> str:
         return f"one of {', '.join(kind)}"
     types = typing.get_args(kind) or (kind,)
     words = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}[types[0]]
-    or_null = " or null" if type(None) in types else ""
+    or_null = " or null" if type(None) in types else " or auto" if is_auto_count(kind) else ""
     if types[0] is bool:
         return words + or_null
     example = default if default is not None else {int: 1000, float: 8, str: f"'{key}=\"some, text\"'"}[types[0]]

@@ -17,7 +17,7 @@ import msgspec
 import torch.distributed as dist
 
 from conf.schema import ConfigError, RunConfig, to_plain
-from launch.engine import Prepared, make_hierarchy, make_session, plan_input_for, with_budget_in_context
+from launch.engine import Prepared, make_hierarchy, make_pace, make_session, plan_input_for, with_known_budget
 from launch.guard import ENDPOINTS
 from launch.rendezvous import publish_endpoints
 from launch.role_process import WEIGHTS, Assignment
@@ -157,7 +157,8 @@ def build_remote(
 ) -> RemoteEngine:
     """Plans the memory of all processes, and has them load and allocate. Raises ConfigError, RunFailedError."""
     crew, placement = company.crew, company.placement
-    config = with_budget_in_context(config, len(prompt_ids), notes := list(prepared.notes))
+    pace = make_pace(config, len(prompt_ids))
+    config = with_known_budget(config, len(prompt_ids), notes := list(prepared.notes))
     shard_size = placement.tensor_parallel
     prepared.target.sharded(Shard(0, shard_size))  # raises ConfigError for a size that is not legal
     crew.gather()
@@ -192,6 +193,7 @@ def build_remote(
     hierarchy = make_hierarchy(
         config,
         make_session(config, prepared, prompt_ids, max_new_tokens),
+        pace=pace,
         verifier=RemoteVerifier(crew, placement.verifier_ranks),
         retriever=RemoteRetriever(crew, placement.retriever_ranks, connect) if config.uses_retrieval else None,
         drafter=RemoteDrafter(crew, placement.drafter_rank) if config.uses_drafter else None,

@@ -7,6 +7,7 @@ come from: tiers/cost.py. Exit codes: 0 it fits; 2 it does not, or a bad configu
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tempfile
 import time
@@ -26,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conf.model_shapes import ModelShape, model_shape
 from conf.model_source import model_source
-from conf.schema import LOOKUP_DRAFTER, ConfigError, RunConfig, require
+from conf.schema import AUTO, LOOKUP_DRAFTER, ConfigError, RunConfig, require
 from launch.overrides import CONFIG_FOLDER
-from launch.sizing import FreeBytes, ModelSize, plan_input
+from launch.sizing import FreeBytes, ModelSize, budgets, gammas1, gammas2, plan_input
 from tiers.base import BlockShape, CacheShape, page_aligned
 from tiers.cost import (
     ModelCost,
@@ -178,6 +179,8 @@ def _disk_gb_per_s(folder: Path) -> float:
 
 def forecast(config: PlanConfig, hardware: HardwareConfig) -> Forecast:
     """Raises ConfigError where it does not fit."""
+    if config.cache.retrieval.budget == AUTO:
+        config = _with_budget(config, (0, *budgets(config, config.prompt.max_tokens))[-1])
     target = _shape_of("model.target", config.model.target)
     uses_model_drafter = config.uses_drafter and config.model.drafter != LOOKUP_DRAFTER
     drafter = _shape_of("model.drafter", config.model.drafter) if uses_model_drafter else None
@@ -191,36 +194,44 @@ def forecast(config: PlanConfig, hardware: HardwareConfig) -> Forecast:
         disk_gb_per_s=hardware.disk_gb_per_s,
         layer_overhead_ms=hardware.layer_overhead_ms,
     )
-    cost, decoding, retrieval = _cost(target, config), config.decoding, config.cache.retrieval
+    cost, retrieval = _cost(target, config), config.cache.retrieval
     num_keys = config.prompt.max_tokens
     streamed = _streamed(plan, hardware)
-    verify = forward_seconds(speeds, cost, (decoding.gamma2 if config.uses_retrieval else 0) + 1, num_keys, streamed)
     alone = replace(speeds, num_devices=1)  # a drafter is too small to be worth sharding
     window = config.cache.streaming.sinks + config.cache.streaming.window
     draft_step = forward_seconds(alone, _cost(drafter, config), 1, window, Streamed()) if drafter else 0.0
-    gamma1 = decoding.gamma1 if config.uses_drafter else 0
-    retrieval_step = forward_seconds(speeds, cost, gamma1 + 1, retrieval.budget, Streamed())
+    dequantise = 0.0
     if retrieval.dtype.bits is not None:
         num_bytes = quantised_bytes(
             _size(target, _dtype(config), 1).cache_shape, retrieval.budget, retrieval.dtype.bits
         )
-        retrieval_step += dequantise_seconds(speeds, cost, retrieval.budget, num_bytes)
+        dequantise = dequantise_seconds(speeds, cost, retrieval.budget, num_bytes)
+
+    def round_of(gamma1: int, gamma2: int) -> Round:
+        return triforce_round(
+            draft_step=draft_step,
+            retrieval_step=forward_seconds(speeds, cost, gamma1 + 1, retrieval.budget, Streamed()) + dequantise,
+            verify=forward_seconds(speeds, cost, gamma2 + 1, num_keys, streamed),
+            gamma1=gamma1,
+            gamma2=gamma2,
+            draft_acceptance=config.expected.draft_acceptance,
+            retrieval_acceptance=config.expected.retrieval_acceptance,
+        )
+
+    # Without a retrieval draft nothing is known of how a draft would fare.
+    choices = itertools.product(gammas1(config), gammas2(config) if config.uses_retrieval else (0,))
     return Forecast(
         plan=plan,
         prefill_seconds=prefill_seconds(speeds, cost, num_keys, streamed),
         autoregressive_seconds=forward_seconds(
             speeds, cost, 1, num_keys, _streamed(_plan(plain, hardware, target, None), hardware)
         ),
-        round=triforce_round(
-            draft_step=draft_step,
-            retrieval_step=retrieval_step,
-            verify=verify,
-            gamma1=gamma1,
-            gamma2=decoding.gamma2 if config.uses_retrieval else 0,
-            draft_acceptance=config.expected.draft_acceptance,
-            retrieval_acceptance=config.expected.retrieval_acceptance,
-        ),
+        round=min((round_of(*gammas) for gammas in choices), key=lambda round_: round_.seconds_per_token),
     )
+
+
+def _with_budget(config: PlanConfig, budget: int) -> PlanConfig:
+    return replace(config, cache=replace(config.cache, retrieval=replace(config.cache.retrieval, budget=budget)))
 
 
 def _shape_of(key: str, name: str) -> ModelShape:
@@ -303,6 +314,8 @@ def show(console: Console, config: PlanConfig, hardware: HardwareConfig, made: F
     round_ = made.round
     phases = f"draft {round_.draft_seconds:.3f}, retrieval {round_.retrieval_seconds:.3f}, verify"
     phases += f" {round_.verify_seconds:.3f} s for {round_.num_tokens:.1f} tokens"
+    if AUTO in (config.decoding.gamma1, config.decoding.gamma2):
+        phases = f"gamma1 {round_.gamma1}, gamma2 {round_.gamma2}: {phases}"
     times = Table("predicted", "", box=None, pad_edge=False)
     times.add_row("TTFT", f"{made.prefill_seconds:.1f} s")
     times.add_row(f"TBT, {config.decoding.mode}", f"{1000 * round_.seconds_per_token:.0f} ms ({phases})")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from conf.schema import ChunkRule, RunConfig
+from conf.schema import AUTO, MAX_AUTO_GAMMA1, MAX_AUTO_GAMMA2, ChunkRule, RunConfig
 from tiers.base import CacheShape
 from tiers.plan import PlanInput
 
 PIECE_TOKENS = 1024
 """Of the prompt, which pass through a layer together."""
 MIN_STREAMING_SLACK = 64
+AUTO_GAMMAS1 = (0, 1, 2, 3, 4, 6, MAX_AUTO_GAMMA1)
+AUTO_GAMMAS2 = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, MAX_AUTO_GAMMA2)
+AUTO_BUDGETS = (512, 1024, 2048, 4096, 8192, 16384)
+"""What `auto` chooses from; of the budgets those that fit in a quarter of the context."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -33,6 +37,35 @@ class FreeBytes:
     device_is_host: bool
 
 
+def gammas1(config: RunConfig) -> tuple[int, ...]:
+    """What γ1 of a round may be."""
+    if not config.uses_drafter:
+        return (0,)
+    return AUTO_GAMMAS1 if config.decoding.gamma1 == AUTO else (config.decoding.gamma1,)
+
+
+def gammas2(config: RunConfig) -> tuple[int, ...]:
+    """What γ2 of a round may be."""
+    if not (config.uses_drafter or config.uses_retrieval):
+        return (0,)
+    return AUTO_GAMMAS2 if config.decoding.gamma2 == AUTO else (config.decoding.gamma2,)
+
+
+def budgets(config: RunConfig, num_prompt_tokens: int) -> tuple[int, ...]:
+    """What the budget of the retrieval cache may be behind such a prompt, in tokens; none where there is no such level.
+
+    More than the prompt is cut to it.
+    """
+    if not config.uses_retrieval:
+        return ()
+    budget, size = config.cache.retrieval.budget, config.cache.retrieval.chunk_size
+    most = -(-num_prompt_tokens // size) * size
+    if budget != AUTO:
+        return (min(budget, most),)
+    fitting = [each // size * size for each in AUTO_BUDGETS if size <= each <= num_prompt_tokens // 4]
+    return tuple(fitting) or (min(AUTO_BUDGETS[0] // size * size or size, most),)
+
+
 def streaming_slack(config: RunConfig) -> int:
     """Tokens that the drafter's cache takes on top of its window before it must be read anew."""
     return max(MIN_STREAMING_SLACK, 2 * slack_tokens(config))
@@ -43,7 +76,7 @@ def slack_tokens(config: RunConfig) -> int:
 
     Drafting ahead has as many behind them.
     """
-    of_block = config.decoding.gamma2 + config.decoding.gamma1 + 2
+    of_block = config.decoding.most_gamma2 + config.decoding.most_gamma1 + 2
     return 2 * of_block if config.overlaps else of_block
 
 

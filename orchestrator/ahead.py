@@ -67,8 +67,8 @@ class AheadRecord:
 class DraftingAhead:
     """`step(after, count, branch)` drafts at most about `count` tokens behind the committed ones and `after`."""
 
-    def __init__(self, overlap: Overlap, step: Callable[[list[int], int, int], InnerStep], block_tokens: int):
-        self._overlap, self._step, self._block_tokens = overlap, step, block_tokens
+    def __init__(self, overlap: Overlap, step: Callable[[list[int], int, int], InnerStep]):
+        self._overlap, self._step, self._block_tokens = overlap, step, 0
         self._acceptance, self._hits_behind_all, self._hits_of_corrections = (
             INITIAL_ACCEPTANCE,
             INITIAL_HITS,
@@ -82,9 +82,12 @@ class DraftingAhead:
         self.next_steps: list[tuple[int, int]] = []
         """...and the inner steps that made it."""
 
-    def draft_while(self, is_waiting: Callable[[], bool], block: Draft, remaining: int) -> None:
-        """Drafts paths behind `block`, which is being verified; `remaining` tokens may still be generated."""
-        self._block, self.record = block, AheadRecord()
+    def draft_while(self, is_waiting: Callable[[], bool], block: Draft, remaining: int, block_tokens: int) -> None:
+        """Drafts paths behind `block`, which is being verified, of up to `block_tokens`.
+
+        `remaining` tokens may still be generated.
+        """
+        self._block, self._block_tokens, self.record = block, block_tokens, AheadRecord()
         self._paths = self._guesses(block)
         while is_waiting():
             path = self._likeliest(remaining)

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from conf.schema import Overlap
 from orchestrator.ahead import AheadRecord, DraftingAhead
+from orchestrator.pace import AdaptivePace
 from orchestrator.rebuild_policy import RebuildPolicy
 from orchestrator.session import Session
 from tiers.errors import DamagedBlockError
@@ -70,8 +71,11 @@ class VerifierRole(Protocol):
     def is_verifying(self) -> bool: ...
     def finish_verify(self) -> Verdict: ...
     def commit(self, tokens: list[int]) -> None: ...
-    def retrieval_update(self, *, rebuild: bool) -> Any:
-        """What the retriever's `refresh` wants, which may be read from blocks only there."""
+    def retrieval_update(self, *, rebuild: bool, budget: int | None = None) -> Any:
+        """What the retriever's `refresh` wants, which may be read from blocks only there.
+
+        `budget`: of the chunks to be chosen from now on, in tokens; None: as before.
+        """
 
     def reread(self) -> None:
         """Reads all committed tokens again: what it had stored of them is damaged."""
@@ -87,8 +91,14 @@ class Round:
     num_accepted: int
     tokens: list[int]
     """Final tokens: the accepted ones and the target's own, up to the end of generation."""
+    gamma1: int = 0
+    gamma2: int = 0
+    budget: int | None = None
+    """What the round was to draft by, and, where it is chosen, the budget of the retrieval cache in tokens."""
     inner_steps: list[tuple[int, int]] = field(default_factory=list)
-    """(proposed, accepted) of each step between drafter and retrieval draft."""
+    """(proposed, accepted) of each step between drafter and retrieval draft..."""
+    num_steps_ahead: int = 0
+    """...so many of which were made ahead."""
     rebuilt: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     """Per phase: draft, retrieval, verify, refresh, reread; what was drafted ahead is in none of them."""
@@ -107,17 +117,22 @@ class Hierarchy:
     gamma2: int = 0
     rebuild_policy: RebuildPolicy = field(default_factory=lambda: RebuildPolicy("never"))
     overlap: Overlap = Overlap.off
+    pace: AdaptivePace | None = None
+    """Chooses `gamma1`, `gamma2` and the budget of each round, where they are not configured."""
+    budget: int | None = None
+    """Of the retrieval cache, where it is chosen."""
     num_rounds: int = 0
     num_rereads: int = 0
     """So many times a stored block was found damaged, and all tokens were read again."""
     _must_rebuild: bool = False
     _seconds: dict[str, float] = field(default_factory=dict)
     _ahead: DraftingAhead | None = None
+    _num_steps_ahead: int = 0
 
     def __post_init__(self) -> None:
         if self.overlap is not Overlap.off and self._drafts and self.gamma2:
             step = partial(self._step, call=lambda phase, function, *args: function(*args))
-            self._ahead = DraftingAhead(self.overlap, step, self.gamma2)
+            self._ahead = DraftingAhead(self.overlap, step)
 
     def start(self) -> Round:
         """Reads the prompt and generates the first token, by the target alone."""
@@ -127,6 +142,9 @@ class Hierarchy:
 
     def round(self) -> Round:
         """One round: at least one final token, at most γ2 + γ1 + 1."""
+        if self.pace is not None:
+            self.pace.choose()
+            self.gamma1, self.gamma2, self.budget = self.pace.gamma1, self.pace.gamma2, self.pace.budget
         # The target adds a token to what it accepts, so the last token is never worth drafting.
         block, inner_steps = self._draft_block(min(self.gamma2, self.session.remaining - 1))
         return self._verify_and_commit(block, inner_steps)
@@ -134,6 +152,7 @@ class Hierarchy:
     def _draft_block(self, count: int) -> tuple[Draft, list[tuple[int, int]]]:
         """`count` tokens for the target to verify; more if the last inner step brings more and there is use for it."""
         block, inner_steps = (Draft(), []) if self._ahead is None else self._ahead.take_next()
+        self._num_steps_ahead = len(inner_steps)
         while len(block) < count and self._drafts:
             step = self._step(block.tokens, count - len(block), 0, self._timed)
             block.extend(step.draft)
@@ -175,20 +194,26 @@ class Hierarchy:
             origins=block.origins,
             num_accepted=verdict.num_accepted,
             tokens=tokens,
+            gamma1=self.gamma1,
+            gamma2=self.gamma2,
+            budget=self.budget,
             inner_steps=inner_steps,
+            num_steps_ahead=self._num_steps_ahead,
             rebuilt=rebuilt,
             seconds=self._seconds,
             ahead=None if self._ahead is None else self._ahead.record,
         )
         self._seconds = {}
         self.num_rounds += 1
+        if self.pace is not None:
+            self.pace.learn(record)
         return record
 
     def _verify(self, block: Draft) -> Verdict:
         if self._ahead is None or not self.num_rounds:  # the first token follows nothing that could be drafted on
             return self.verifier.verify(block)
         self.verifier.begin_verify(block)
-        self._ahead.draft_while(self.verifier.is_verifying, block, self.session.remaining)
+        self._ahead.draft_while(self.verifier.is_verifying, block, self.session.remaining, self.gamma2)
         verdict = self.verifier.finish_verify()
         self._ahead.take(verdict)
         return verdict
@@ -198,6 +223,7 @@ class Hierarchy:
         is_first = self.num_rounds == 0
         due = self.rebuild_policy.is_due(len(block), verdict.num_accepted)
         self._must_rebuild |= is_first or due or self.retriever.needs_rebuild()
+        self._must_rebuild |= self.pace is not None and self.pace.wants_rebuild()
         self._undamaged("refresh", self._pass_on_update)
         rebuilt, self._must_rebuild = self._must_rebuild, False
         if rebuilt:
@@ -205,7 +231,8 @@ class Hierarchy:
         return rebuilt
 
     def _pass_on_update(self) -> None:
-        self.retriever.refresh(self.verifier.retrieval_update(rebuild=self._must_rebuild))
+        budget = None if self.pace is None else self.pace.budget
+        self.retriever.refresh(self.verifier.retrieval_update(rebuild=self._must_rebuild, budget=budget))
 
     def _undamaged(self, phase: str, call, *args, **kwargs):
         """The result of `call`, in which the verifier reads blocks, from blocks that are as they were written."""

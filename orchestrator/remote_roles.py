@@ -142,8 +142,8 @@ class RemoteVerifier:
         for peer in self._peers:
             self._crew.post(peer, Commit(tokens), then=lambda result: None)
 
-    def retrieval_update(self, *, rebuild: bool) -> list[UpdateNotice]:
-        return [reply.result for reply in self._crew.ask(self._peers, MakeUpdate(rebuild))]
+    def retrieval_update(self, *, rebuild: bool, budget: int | None = None) -> list[UpdateNotice]:
+        return [reply.result for reply in self._crew.ask(self._peers, MakeUpdate(rebuild, budget))]
 
     def reread(self) -> None:
         self._ask(Reread())

@@ -100,8 +100,7 @@ def _state(hierarchy: Hierarchy) -> str:
     for role in (hierarchy.verifier, hierarchy.retriever, hierarchy.drafter):
         if role is not None:
             holders += [role, *([role.model] if hasattr(role, "model") else [])]
-    if hierarchy._ahead is not None:
-        holders.append(hierarchy._ahead)
+    holders += [part for part in (hierarchy._ahead, hierarchy.pace) if part is not None]
     kinds = (int, float, list, dict, Draft)
     plain = [{k: v for k, v in vars(holder).items() if isinstance(v, kinds)} for holder in holders]
     return repr((hierarchy.session.generated, plain))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -94,7 +95,7 @@ class MarkovModel:
         """Logits [V], whatever the cache holds."""
         return self.tables[0][self._state(tokens)]
 
-    def retrieval_update(self, *, rebuild: bool) -> ToyUpdate:
+    def retrieval_update(self, *, rebuild: bool, budget: int | None = None) -> ToyUpdate:
         """As the target's model does it."""
         return ToyUpdate(rebuild, list(self.tokens))
 
@@ -157,6 +158,7 @@ class Setup:
     """Makes each level's coupling."""
     wrap_drafter: Callable[[MarkovModel], MarkovModel] = lambda model: model
     wrap_target: Callable[[MarkovModel], MarkovModel] = lambda model: model
+    make_pace: Callable[[], Any] = lambda: None
 
     @property
     def vocab_size(self) -> int:
@@ -183,6 +185,7 @@ class Setup:
             gamma2=0 if self.mode is Mode.autoregressive else self.gamma2,
             rebuild_policy=RebuildPolicy(self.rebuild),
             overlap=self.overlap,
+            pace=self.make_pace(),
         )
 
     def _coupling(self, random: RandomSource, level: int, *, is_last: bool = False):

@@ -83,6 +83,8 @@ class Round:
     retrieval_seconds: float
     verify_seconds: float
     num_tokens: float
+    gamma1: int
+    gamma2: int
 
     @property
     def seconds_per_token(self) -> float:
@@ -110,4 +112,6 @@ def triforce_round(
         retrieval_seconds=num_steps * retrieval_step,
         verify_seconds=verify,
         num_tokens=expected_tokens(retrieval_acceptance, gamma2),
+        gamma1=gamma1,
+        gamma2=gamma2,
     )

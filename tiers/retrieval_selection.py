@@ -15,14 +15,17 @@ from tiers.retrieval_cache import LayerUpdate, RetrievalUpdate
 
 @dataclass(slots=True)
 class _Choice:
-    """Chunk ids [H, m] of some layers, made when the sequence had `num_tokens` tokens."""
+    """Chunk ids [H, m] of some layers, made within `budget` when the sequence had `num_tokens` tokens."""
 
     num_tokens: int
+    budget: int
     chunk_ids: dict[int, torch.Tensor]
 
 
 class RetrievalSelection:
     """Fills a budget of tokens, per layer and kv head: the first chunk, the newest tokens, the best-scored chunks.
+
+    `budget` may be set to another, no larger than the first: it holds from the next choice on.
 
     `newest_share` of the budget goes to the newest tokens; with 1, the cache is a recent window with a sink, the
     usual alternative to retrieval. `windows[layer]` is the layer's sliding window in tokens, or None. `summary` tells
@@ -43,7 +46,7 @@ class RetrievalSelection:
         ahead: torch.Tensor | None = None,
     ):
         self.rule, self._summary = rule, summary
-        self._cache, self._windows, self._budget, self._newest_share = cache, windows, budget, newest_share
+        self._cache, self._windows, self.budget, self._newest_share = cache, windows, budget, newest_share
         self._ahead_buffers = {} if ahead is None else dict(zip(cache.layers_in_blocks, ahead, strict=True))
         self._ahead: _Choice | None = None
         self._num_sent = 0
@@ -75,7 +78,7 @@ class RetrievalSelection:
         new = (LayerUpdate(*self._cache.read(layer, start, num_tokens)) for layer in layers)
         if self._ahead_buffers:
             self.rule.catch_up(self._cache)
-            self._ahead = _Choice(num_tokens, {})
+            self._ahead = self._new_choice()
             for layer in self._ahead_buffers:
                 self._choose_ahead(layer, queries[layer])
         return RetrievalUpdate(is_rebuild=False, start=start, length=num_tokens, layers=new)
@@ -87,18 +90,22 @@ class RetrievalSelection:
             self._summary.catch_up(self._cache)
         self._num_sent = self._cache.length
         choice = self._ahead if self._ahead is not None and self._cache.has_collected else None
-        self._ahead = _Choice(self._cache.length, {}) if self._ahead_buffers else None
-        layers = (self._retrieve(layer, queries[layer], choice) for layer in range(len(self._windows)))
+        made_now = self._new_choice()
+        self._ahead = made_now if self._ahead_buffers else None
+        layers = (self._retrieve(layer, queries[layer], choice or made_now) for layer in range(len(self._windows)))
         return RetrievalUpdate(is_rebuild=True, start=0, length=self._cache.length, layers=layers)
 
+    def _new_choice(self) -> _Choice:
+        return _Choice(self._cache.length, self.budget, {})
+
     def _choose_ahead(self, layer: int, q: torch.Tensor) -> None:
-        ids = self._ahead.chunk_ids[layer] = self._choose(layer, q, self._ahead.num_tokens)
+        ids = self._ahead.chunk_ids[layer] = self._choose(layer, q, self._ahead)
         self._cache.collect(layer, ids, self.rule.chunk_size, self._ahead_buffers[layer])
 
-    def _choose(self, layer: int, q: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """Ids [H, m] of chunks among the first `num_tokens` tokens."""
-        size, window = self.rule.chunk_size, self._windows[layer]
-        num_chunks = min(self._budget, num_tokens) // size
+    def _choose(self, layer: int, q: torch.Tensor, choice: _Choice) -> torch.Tensor:
+        """Ids [H, m] of chunks among the choice's tokens, within its budget."""
+        size, window, num_tokens = self.rule.chunk_size, self._windows[layer], choice.num_tokens
+        num_chunks = min(choice.budget, num_tokens) // size
         num_newest = min(num_chunks, max(1, round(num_chunks * self._newest_share)))
         oldest = 0 if window is None else max(0, num_tokens - window + 1)
         return self.rule.select(layer, q, num_tokens // size, num_chunks, num_newest, oldest)
@@ -109,21 +116,20 @@ class RetrievalSelection:
             return None
         return self._summary.rest(layer, positions, k, v)
 
-    def _retrieve(self, layer: int, q: torch.Tensor, choice: _Choice | None) -> LayerUpdate:
+    def _retrieve(self, layer: int, q: torch.Tensor, choice: _Choice) -> LayerUpdate:
         """The chosen chunks, then the tokens behind the last chunk that could be chosen.
 
-        A `choice` made ahead holds for the layers in it; the others choose now, among the same chunks.
+        A `choice` made ahead holds for the layers in it; the others choose now, as many, among the same chunks.
         """
         size, num_tokens = self.rule.chunk_size, self._cache.length
-        num_known = num_tokens if choice is None else choice.num_tokens
-        if choice is not None and layer in choice.chunk_ids:
+        if layer in choice.chunk_ids:
             ids = choice.chunk_ids[layer]
             k, v = self._cache.collected(layer)
         else:
-            ids = self._choose(layer, q, num_known)
+            ids = self._choose(layer, q, choice)
             k, v = self._cache.gather(layer, ids, size)
         positions = tokens_of_chunks(ids, size)
-        start_of_rest = num_known // size * size
+        start_of_rest = choice.num_tokens // size * size
         if start_of_rest < num_tokens:
             k_rest, v_rest = self._cache.read(layer, start_of_rest, num_tokens)
             k, v = torch.cat([k, k_rest], dim=1), torch.cat([v, v_rest], dim=1)

@@ -127,6 +127,7 @@ class Verify(msgspec.Struct, tag=True):
 
 class MakeUpdate(msgspec.Struct, tag=True):
     rebuild: bool
+    budget: int | None = None
 
 
 class TakeUpdate(msgspec.Struct, tag=True):

@@ -126,8 +126,13 @@ class TargetModel:
     def _keep_queries(self, layer: int, q, k, v) -> None:
         self.queries[layer] = q
 
-    def retrieval_update(self, *, rebuild: bool) -> RetrievalUpdate:
-        """What the retrieval cache needs to follow, or, for a rebuild, to start anew; call it after a roll back."""
+    def retrieval_update(self, *, rebuild: bool, budget: int | None = None) -> RetrievalUpdate:
+        """What the retrieval cache needs to follow, or, for a rebuild, to start anew; call it after a roll back.
+
+        `budget`: of the chunks to be chosen from now on, if it is to change.
+        """
+        if budget is not None:
+            self._selection.budget = budget
         num_final = self._cache.length - self.queries_start
         queries = {layer: q[:, :, :num_final] for layer, q in self.queries.items()}
         return self._selection.rebuild(queries) if rebuild else self._selection.follow(queries)

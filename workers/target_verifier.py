@@ -28,6 +28,6 @@ class TargetVerifier(Level):
         self._num_agreed = len(self._held)
         self.model.reread(self._held)
 
-    def retrieval_update(self, *, rebuild: bool):
+    def retrieval_update(self, *, rebuild: bool, budget: int | None = None):
         """What the retriever's `refresh` wants; call it after `commit`."""
-        return self.model.retrieval_update(rebuild=rebuild)
+        return self.model.retrieval_update(rebuild=rebuild, budget=budget)

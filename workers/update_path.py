@@ -133,8 +133,8 @@ class PublishingVerifier:
     def reread(self) -> None:
         self._verifier.reread()
 
-    def retrieval_update(self, *, rebuild: bool) -> UpdateNotice:
-        return self.publisher.publish(self._verifier.retrieval_update(rebuild=rebuild))
+    def retrieval_update(self, *, rebuild: bool, budget: int | None = None) -> UpdateNotice:
+        return self.publisher.publish(self._verifier.retrieval_update(rebuild=rebuild, budget=budget))
 
 
 class ReceivingRetriever:

@@ -94,7 +94,7 @@ def respond(role: Any, request: Request) -> Result:
         case Verify():
             return role.verify(request.draft)
         case MakeUpdate():
-            return role.retrieval_update(rebuild=request.rebuild)
+            return role.retrieval_update(rebuild=request.rebuild, budget=request.budget)
         case TakeUpdate():
             return Plain(role.refresh(request.notices))
         case NeedsRebuild():

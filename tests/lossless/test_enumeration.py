@@ -12,6 +12,7 @@ import torch
 
 import workers.acceptance
 from conf.schema import Mode, SamplingConfig
+from orchestrator.hierarchy import Hierarchy
 from tests.enumeration import joint_law, outcomes
 from tests.lossless.wrong_rules import (
     AlwaysAccepting,
@@ -318,3 +319,38 @@ def test_control_a_target_cache_that_is_not_rolled_back_is_seen(mode):
 def test_control_a_target_that_reads_the_retrieval_cache_is_seen():
     setup = make_setup(3)
     assert total_variation(joint_law(setup, 2), target_law(setup.but(target=setup.retrieval), 2)) > CLEARLY
+
+
+class PaceByOutcomes:
+    """γ1 and γ2 follow from how the earlier rounds went; see orchestrator.pace.AdaptivePace."""
+
+    def __init__(self):
+        self.gamma1, self.gamma2, self.budget, self.last_accepted, self.wants = 1, 1, None, 0, False
+
+    def choose(self) -> None:
+        self.gamma1, self.gamma2 = ((0, 1), (1, 1), (0, 2))[min(self.last_accepted, 2)]
+
+    def wants_rebuild(self) -> bool:
+        return self.wants
+
+    def learn(self, round_) -> None:
+        self.last_accepted, self.wants = round_.num_accepted, bool(round_.proposed) and not round_.num_accepted
+
+
+@pytest.mark.parametrize("sampling", [EXACT, TOP_P], ids=["T1", "top_p"])
+@pytest.mark.parametrize("mode", [Mode.triforce, Mode.retrieval, Mode.streaming])
+def test_a_pace_that_follows_earlier_rounds_keeps_the_law(mode, sampling):
+    setup = make_setup(2, mode=mode, sampling=sampling, make_pace=PaceByOutcomes, max_new_tokens=6)
+    assert total_variation(joint_law(setup, 4), target_law(setup, 4)) < EXACTLY
+
+
+def test_control_a_block_that_is_dropped_for_its_own_tokens_is_seen(monkeypatch):
+    setup = make_setup(2, mode=Mode.retrieval, sampling=EXACT, make_pace=PaceByOutcomes, max_new_tokens=6)
+    draft = Hierarchy._draft_block
+
+    def choosy(self, count):
+        block, steps = draft(self, count)
+        return (block.cut(0), []) if block.tokens[:1] == [0] else (block, steps)
+
+    monkeypatch.setattr(Hierarchy, "_draft_block", choosy)
+    assert total_variation(joint_law(setup, 3), target_law(setup, 3)) > CLEARLY

@@ -117,7 +117,7 @@ REFUSED = [
     (["temprature=0"], ["temprature", "0", "sampling.temperature", "0.6"]),
     (["+decoding.speed=9"], ["decoding.speed", "9", "decoding."]),
     (["zzz=1"], ["zzz", "1", "decoding", "sampling"]),
-    (["decoding.gamma1=four"], ["decoding.gamma1", "'four'", "an integer, for example 2"]),
+    (["decoding.gamma1=four"], ["decoding.gamma1", "'four'", "an integer or auto, for example 2"]),
     (["decoding.gamma1=1.5"], ["decoding.gamma1", "'1.5'", "an integer"]),
     (["decoding.gamma1=true"], ["decoding.gamma1", "'true'", "an integer"]),
     (["decoding.gamma1=null"], ["decoding.gamma1", "'null'", "an integer"]),
@@ -336,7 +336,7 @@ def test_the_program_refuses_in_a_moment_without_torch(tmp_path):
     began = time.monotonic()
     done = start(sys.executable, str(PROGRAM), "decoding.gamma1=four", cwd=tmp_path)
     assert done.returncode == 2 and time.monotonic() - began < 5
-    assert done.stderr == "tierforce: decoding.gamma1 is 'four'; it must be an integer, for example 2\n"
+    assert done.stderr == "tierforce: decoding.gamma1 is 'four'; it must be an integer or auto, for example 2\n"
     assert done.stdout == ""
     check = "import sys, launch.run; assert not {'torch', 'transformers', 'tokenizers'} & set(sys.modules)"
     assert start(sys.executable, "-c", check, cwd=PROGRAM.parents[1]).returncode == 0

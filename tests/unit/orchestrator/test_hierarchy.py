@@ -75,8 +75,8 @@ class ScriptedVerifier(Role):
         self.note("verify", tuple(draft.tokens))
         return Verdict(num_accepted=min(self.script.target_accepts, len(draft)), next_token=self.script.target_token)
 
-    def retrieval_update(self, *, rebuild: bool) -> Any:
-        self.note("retrieval_update", rebuild)
+    def retrieval_update(self, *, rebuild: bool, budget: int | None = None) -> Any:
+        self.note("retrieval_update", rebuild, *([] if budget is None else [budget]))
         return f"update, rebuild={rebuild}"
 
 
@@ -251,3 +251,34 @@ def test_seconds_of_a_round_are_its_own():
     assert first.seconds is not second.seconds
     assert all(seconds >= 0 for seconds in second.seconds.values())
     assert isinstance(second, Round)
+
+
+class Pace:
+    """Chooses what it is told to; see orchestrator.pace.AdaptivePace."""
+
+    def __init__(self, *choices: tuple[int, int], budget: int, next_budget: int):
+        self._choices, self.learnt = iter(choices), []
+        self.gamma1, self.gamma2, self.budget, self._next_budget = 9, 9, budget, next_budget
+
+    def choose(self) -> None:
+        self.gamma1, self.gamma2 = next(self._choices)
+
+    def wants_rebuild(self) -> bool:
+        changes, self.budget = len(self.learnt) == 2, self._next_budget if len(self.learnt) >= 2 else self.budget
+        return changes
+
+    def learn(self, round_) -> None:
+        self.learnt.append(round_)
+
+
+def test_a_pace_chooses_gammas_and_budget_and_learns_from_each_round():
+    script = Script(target_accepts=100, inner_accepts=100)
+    pace = Pace((0, 1), (2, 3), (1, 0), budget=64, next_budget=128)
+    hierarchy = make_hierarchy(script, gamma1=9, gamma2=9, pace=pace)
+    rounds = [hierarchy.start(), *(hierarchy.round() for _ in range(3))]
+    assert pace.learnt == rounds
+    assert [(each.gamma1, each.gamma2, each.budget) for each in rounds[1:]] == [(0, 1, 64), (2, 3, 64), (1, 0, 128)]
+    assert [len(each.proposed) for each in rounds] == [0, 1, 3, 0]
+    assert [each.rebuilt for each in rounds] == [True, False, True, False]
+    updates = [call[2:] for call in script.calls if call[1] == "retrieval_update"]
+    assert updates == [(True, 64), (False, 64), (True, 128), (False, 128)]

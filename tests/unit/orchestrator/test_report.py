@@ -17,6 +17,8 @@ ROUND = Round(
     num_accepted=1,
     tokens=[1, 3],
     inner_steps=[(2, 1)],
+    gamma1=2,
+    gamma2=3,
     seconds={"draft": 0.25},
 )
 
@@ -39,7 +41,11 @@ def test_each_round_is_a_line_at_once(report, tmp_path):
         "origins": ["drafter", "retrieval"],
         "num_accepted": 1,
         "tokens": [1, 3],
+        "gamma1": 2,
+        "gamma2": 3,
+        "budget": None,
         "inner_steps": [[2, 1]],
+        "num_steps_ahead": 0,
         "rebuilt": False,
         "ahead": None,
         "seconds": 0.5,
