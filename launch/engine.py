@@ -18,7 +18,7 @@ from orchestrator.rebuild_policy import RebuildPolicy
 from orchestrator.session import Session
 from orchestrator.text_stream import TextStream
 from tiers.errors import OutOfTierMemoryError
-from tiers.memory import device_free_bytes, disk_free_bytes, host_free_bytes, num_idle_cores
+from tiers.memory import device_free_bytes, disk_free_bytes, host_free_bytes, num_idle_cores, process_bytes
 from tiers.plan import MemoryPlan, PlanInput, make_plan
 from workers.background import InBackground
 from workers.model import TargetModel
@@ -116,6 +116,8 @@ class Engine:
     hierarchy: Hierarchy
     plan: MemoryPlan
     notes: list[str]
+    process_planned_bytes: int
+    """What this process took before it loaded anything, and what the plan adds to its memory."""
     _builder: RoleBuilder
     _target: TargetModel
 
@@ -124,11 +126,10 @@ class Engine:
         self._target.on_prefill_progress = callback
 
     def memory_report(self) -> dict[str, dict[str, int]]:
-        """Planned and peak bytes of each tier."""
-        peaks = self._builder.peak_bytes()
-        return {
-            name: {"planned_bytes": planned, "peak_bytes": peaks[name]} for name, planned in self.plan.totals.items()
-        }
+        """Planned and peak bytes of each tier, and of the process as the system sees it."""
+        peaks = self._builder.peak_bytes() | {"process": process_bytes()[1]}
+        planned = self.plan.totals | {"process": self.process_planned_bytes}
+        return {name: {"planned_bytes": planned[name], "peak_bytes": peaks[name]} for name in planned}
 
     def streaming_report(self) -> dict[str, float | None]:
         """What was streamed from host and disk; see RoleBuilder.streaming_report."""
@@ -150,10 +151,12 @@ def build(config: RunConfig, prepared: Prepared, prompt_ids: list[int], max_new_
         config, prepared, max_tokens=max_tokens, max_new_tokens=max_new_tokens, free=_free_bytes(config, prepared)
     )
     plan = make_plan(inputs, config.cache)
+    in_this_process = [plan.totals["host"], plan.totals["device"] if inputs.device_is_host else 0]
+    process_planned_bytes = process_bytes()[0] + sum(in_this_process)
     notes.append(plan.reason)
     with memory_shortage_as_config_error(config):
-        sizes = {"seed": seed, "max_new_tokens": max_new_tokens}
-        builder = RoleBuilder(config, prepared.target, prepared.device, plan, **sizes)
+        how = {"seed": seed, "max_new_tokens": max_new_tokens, "in_threads": config.overlaps}
+        builder = RoleBuilder(config, prepared.target, prepared.device, plan, **how)
         target = builder.load_target()
         verifier, target_model = builder.verifier(target)
         hierarchy = make_hierarchy(
@@ -165,7 +168,14 @@ def build(config: RunConfig, prepared: Prepared, prompt_ids: list[int], max_new_
         )
     if builder.link.gb_per_s is not None:
         notes.append(f"the link from host to device is emulated: {builder.link.gb_per_s:g} GB/s")
-    return Engine(hierarchy=hierarchy, plan=plan, notes=notes + builder.notes, _builder=builder, _target=target_model)
+    return Engine(
+        hierarchy=hierarchy,
+        plan=plan,
+        notes=notes + builder.notes,
+        process_planned_bytes=process_planned_bytes,
+        _builder=builder,
+        _target=target_model,
+    )
 
 
 @contextmanager

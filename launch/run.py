@@ -180,7 +180,8 @@ class Job:
             at_least = "at least " if num_prompt == 4 * max_positions else ""
             raise ConfigError(
                 f"This model's maximum context length is {max_positions} tokens; the prompt has {at_least}{num_prompt} "
-                f"tokens (prompt.max_tokens is {self.config.prompt.max_tokens}). prompt.max_tokens={max_positions} "
+                f"tokens (prompt.max_tokens is {self.config.prompt.max_tokens or 'null'}). "
+                f"prompt.max_tokens={max_positions} "
                 "reads as much of it as fits"
             )
         room = max_positions - num_prompt + 1
