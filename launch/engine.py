@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,6 +35,8 @@ class Prepared:
     target: ModelFacts
     drafter: ModelFacts | None
     notes: list[str] = field(default_factory=list)
+    on_locked: Callable[[int, int], None] = lambda done, total: None
+    """Called as host memory is page-locked, in bytes."""
 
     @property
     def tokenizer(self):
@@ -156,7 +158,7 @@ def build(config: RunConfig, prepared: Prepared, prompt_ids: list[int], max_new_
     notes.append(plan.reason)
     with memory_shortage_as_config_error(config):
         how = {"seed": seed, "max_new_tokens": max_new_tokens, "in_threads": config.overlaps}
-        builder = RoleBuilder(config, prepared.target, prepared.device, plan, **how)
+        builder = RoleBuilder(config, prepared.target, prepared.device, plan, on_locked=prepared.on_locked, **how)
         target = builder.load_target()
         verifier, target_model = builder.verifier(target)
         hierarchy = make_hierarchy(

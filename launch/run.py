@@ -163,6 +163,7 @@ class Job:
             self.company = import_module("launch.pipeline").Company(self.config, placement, self.display.note)
             self.company.start()
         prepared = engines.prepare(self.config)
+        prepared.on_locked = self.display.locking
         self.phase = "prompt"
         self.prompt_ids = read_prompt(self.config.prompt, prepared.tokenizer, at_most=4 * prepared.max_positions)
         max_new_tokens = self._fit_to_model(prepared.max_positions)
