@@ -105,7 +105,7 @@ def describe(key: str, name: str, dtype: torch.dtype, max_positions: int | None 
         windows=_windows(text_config),
         max_positions=_max_positions(text_config),
         eos_ids=_eos_ids(source, config),
-        num_weight_bytes=_num_parameters(config) * dtype.itemsize,
+        num_weight_bytes=_num_parameters(key, name, config) * dtype.itemsize,
     )
 
 
@@ -134,6 +134,8 @@ def _cache_shape(key: str, name: str, config, dtype: torch.dtype) -> CacheShape:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     except RuntimeError as error:  # transformers raises it where an attribute differs from layer to layer
         raise ConfigError(f"{key} is {name!r}, whose layers differ in their heads; it must be {SUPPORTED}") from error
+    if min(config.hidden_size, config.num_hidden_layers, num_kv_heads, head_dim) < 1:
+        raise ConfigError(f"{key} is {name!r}, whose config.json gives a size below 1; it must be {SUPPORTED}")
     return CacheShape(num_layers=config.num_hidden_layers, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype)
 
 
@@ -208,9 +210,15 @@ def _eos_ids(source: str, config) -> frozenset[int]:
     return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
 
 
-def _num_parameters(config) -> int:
-    """Buffers are small and left out."""
-    return sum(parameter.numel() for parameter in _without_memory(config).parameters())
+def _num_parameters(key: str, name: str, config) -> int:
+    """Buffers are small and left out. Raises ConfigError for a configuration that makes no model."""
+    try:
+        model = _without_memory(config)
+    except Exception as error:  # whatever a model's code makes of odd sizes
+        raise ConfigError(
+            f"{key} is {name!r}, whose config.json makes no model ({error!r}); check its sizes"
+        ) from error
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _without_memory(config):

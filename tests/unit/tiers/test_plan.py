@@ -251,9 +251,11 @@ def test_refusal_of_a_fixed_tier_names_the_knob_that_would_let_layers_move():
     assert "cache.full.tier=auto" not in refusal(without_host, cache_config())
 
 
-def test_refusal_of_a_fixed_number_of_layers_names_the_knob_that_would_let_them_move():
+def test_refusal_of_fixed_numbers_names_the_knobs_that_would_let_them_change():
     message = refusal(replace(INPUTS, device_free_bytes=200 * MIB), cache_config(device_layers="8"))
-    assert "cache.full.device_layers=auto" in message
+    assert "cache.full.device_layers=auto" in message and "block_tokens" not in message
+    message = refusal(replace(INPUTS, device_free_bytes=200 * MIB), cache_config(block_tokens="9999999"))
+    assert "cache.full.block_tokens=auto" in message
 
 
 def test_refusal_where_even_the_weights_do_not_fit_names_a_smaller_model():

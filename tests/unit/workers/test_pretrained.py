@@ -115,6 +115,14 @@ def test_a_damaged_configuration_is_refused(folder, text):
     assert message.startswith("model.target is ") and str(folder) in message
 
 
+@pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers", "head_dim"])
+def test_a_model_of_no_size_is_refused(folder, name):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"head_dim": None} | {name: 0}))
+    message = message_of(facts_of, folder)
+    assert message.startswith("model.target is ") and str(folder) in message
+
+
 def test_a_hub_id_is_refused_at_once_where_there_is_no_network():
     began = time.monotonic()
     message = message_of(describe, "model.target", "tierforce-nobody/no-such-model", torch.float32)
