@@ -214,7 +214,7 @@ class RoleBuilder:
         configured = self.config.tiers.disk.readers
         if configured != "auto":
             return int(configured)
-        num_readers, gb_per_s = best_num_readers(self.disk_tier.folder, block)
+        num_readers, gb_per_s = best_num_readers(self.disk_tier.folder, block, self.plan.stream_buffers)
         self.notes.append(f"disk: {gb_per_s:.1f} GB/s with {num_readers} reads in flight")
         return num_readers
 

@@ -185,8 +185,8 @@ class DiskBlocks:
         return DamagedBlockError(f"block {index} of {len(self._checksums)} in {self._tier.folder} {what}")
 
 
-def best_num_readers(folder: Path | str, shape: BlockShape) -> tuple[int, float]:
-    """How many reads in flight a disk wants, for blocks of `shape`, and the GB/s it then gives.
+def best_num_readers(folder: Path | str, shape: BlockShape, most: int) -> tuple[int, float]:
+    """How many reads in flight a disk wants, at `most`, for blocks of `shape`, and the GB/s it then gives.
 
     Writes some blocks to `folder` and reads them by ever more threads, as long as that is a good deal faster: where the
     disk is as fast with fewer, they leave the processor to attention. Raises OutOfTierMemoryError.
@@ -199,7 +199,7 @@ def best_num_readers(folder: Path | str, shape: BlockShape) -> tuple[int, float]
         for index in range(count):
             blocks.write(index, rows)
         best, best_seconds = 0, float("inf")
-        for num_readers in NUMS_OF_READERS:
+        for num_readers in (number for number in NUMS_OF_READERS if number <= most):
             with ThreadPoolExecutor(num_readers) as threads:
                 list(threads.map(blocks.check, range(min(num_readers, count))))  # starts the threads
                 began = time.perf_counter()
