@@ -48,7 +48,7 @@ class DiskTier:
             file = self._open()
             self._files.append(file)
             if num_bytes:
-                os.posix_fallocate(file, 0, num_bytes)
+                _reserve(file, num_bytes)
         except OSError as error:
             gib = num_bytes / 2**30
             raise OutOfTierMemoryError(
@@ -107,6 +107,16 @@ class DiskTier:
         self.used_bytes = 0
 
 
+def _reserve(file: int, num_bytes: int) -> None:
+    """Space that cannot be missing later; where the file system reserves none, only the file's length."""
+    try:
+        os.posix_fallocate(file, 0, num_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        os.ftruncate(file, num_bytes)
+
+
 class DiskBlocks:
     """The blocks of one layer in one file; see tiers.base.BlockStore. Threads may read and write different blocks."""
 
@@ -137,7 +147,12 @@ class DiskBlocks:
         data = memoryview(pages.numpy())
         at = 0
         while at < len(data):
-            count = os.preadv(self._file, [data[at:]], index * len(data) + at)
+            try:
+                count = os.preadv(self._file, [data[at:]], index * len(data) + at)
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                raise self._damaged(index, f"cannot be read ({error.strerror})") from error
             if not count:
                 raise self._damaged(index, f"ends after {at} of {len(data)} bytes")
             at += count

@@ -154,6 +154,34 @@ def test_a_file_cut_short_is_found(tier, shape):
     assert_refused(tier, blocks, NUM_BLOCKS - 1, "ends after 0 of")
 
 
+def test_a_block_that_the_disk_cannot_read_is_damaged_and_other_errors_are_not(tier, monkeypatch):
+    blocks = filled(tier, SHAPES["pages"])
+
+    def fails_with(number):
+        def preadv(*args):
+            raise OSError(number, os.strerror(number))
+
+        return preadv
+
+    monkeypatch.setattr(os, "preadv", fails_with(errno.EIO))
+    assert_refused(tier, blocks, 1, "cannot be read")
+    monkeypatch.setattr(os, "preadv", fails_with(errno.EBADF))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        blocks.read(1, 0, 1)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_file_systems_that_reserve_no_space_do(tier, monkeypatch, number):
+    """The C library's substitute for it fails on files opened for direct access."""
+
+    def refusing(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", refusing)
+    blocks = filled(tier, SHAPES["pages"])
+    assert torch.equal(blocks.read(3, 0, 64), rows_of(SHAPES["pages"], 3))
+
+
 @EVERY_SHAPE
 def test_a_stale_block_is_found(tier, shape):
     """A write that the disk lost: the block is whole, but it is the one from before."""
