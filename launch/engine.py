@@ -18,7 +18,14 @@ from orchestrator.rebuild_policy import RebuildPolicy
 from orchestrator.session import Session
 from orchestrator.text_stream import TextStream
 from tiers.errors import OutOfTierMemoryError
-from tiers.memory import device_free_bytes, disk_free_bytes, host_free_bytes, num_idle_cores, process_bytes
+from tiers.memory import (
+    device_free_bytes,
+    disk_free_bytes,
+    host_free_bytes,
+    lockable_memory,
+    num_idle_cores,
+    process_bytes,
+)
 from tiers.plan import MemoryPlan, PlanInput, make_plan
 from workers.background import InBackground
 from workers.model import TargetModel
@@ -186,8 +193,8 @@ def memory_shortage_as_config_error(config: RunConfig) -> Iterator[None]:
         yield
     except OutOfTierMemoryError as error:
         raise ConfigError(
-            f"{error}. A smaller prompt.max_tokens (it is {config.prompt.max_tokens}) needs less; "
-            "page-locked memory is limited by `ulimit -l` too"
+            f"{error}. A smaller prompt.max_tokens (it is {config.prompt.max_tokens}) needs less. "
+            f"{host_free_bytes() / 2**30:.2f} GiB of host memory are free; `ulimit -l` is {lockable_memory()}"
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import psutil
@@ -45,6 +46,12 @@ def _memory_cgroups() -> set[Path]:
             own = root / path.lstrip("/")
             folders |= {own, *(parent for parent in own.parents if parent.is_relative_to(root))}
     return folders
+
+
+def lockable_memory() -> str:
+    """What `ulimit -l` says."""
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit >> 10} KiB"
 
 
 def process_bytes() -> tuple[int, int]:
