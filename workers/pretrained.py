@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import copy
 import json
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+import huggingface_hub
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
@@ -33,6 +37,7 @@ from workers.tensor_parallel import AllReduce, connect, cut, plan_sharding
 REFUSED_MODEL_TYPES = ("llama4", "llama4_text", "gemma3n", "gemma3n_text")
 SUPPORTED_LAYER_TYPES = ("full_attention", "sliding_attention")
 SUPPORTED = "a decoder with full or sliding-window attention, such as Llama, Qwen, Mistral, Gemma 3, Phi or OLMo"
+HUB_TIMEOUT_SECONDS = 2.0
 SELF_CHECK_TOKENS, SELF_CHECK_PIECE_TOKENS = 24, 5
 SELF_CHECK_LAYERS = 2
 """Of a tensor-parallel model, which no rank has whole."""
@@ -87,6 +92,8 @@ def describe(key: str, name: str, dtype: torch.dtype, max_positions: int | None 
     Raises ConfigError.
     """
     source = model_source(key, name)
+    if not Path(source).is_dir():
+        _go_offline_without_network()
     config = _load(key, name, AutoConfig, source)
     text_config = config.get_text_config()
     _refuse_unsupported(key, name, text_config)
@@ -107,6 +114,18 @@ def describe(key: str, name: str, dtype: torch.dtype, max_positions: int | None 
         eos_ids=_eos_ids(source, config),
         num_weight_bytes=_num_parameters(key, name, config) * dtype.itemsize,
     )
+
+
+def _go_offline_without_network() -> None:
+    """Then only what was downloaded before is looked for; the hub's library would try for half a minute."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE or getproxies():
+        return
+    hub = urlsplit(huggingface_hub.constants.ENDPOINT)
+    port = hub.port or (80 if hub.scheme == "http" else 443)
+    try:
+        socket.create_connection((hub.hostname, port), timeout=HUB_TIMEOUT_SECONDS).close()
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 def _load(key: str, name: str, auto_class, source: str):

@@ -86,6 +86,16 @@ def test_every_setting_gives_the_same_tokens(pair, wanted, gamma1, gamma2, budge
     assert generate(config, random_prompt(NUM_PROMPT_TOKENS), NUM_TOKENS).tokens == wanted
 
 
+@pytest.mark.parametrize(
+    "knobs",
+    [{"gamma1": 0}, {"gamma2": 0}, {"gamma1": 0, "gamma2": 0}, {"budget": 0}, {"gamma1": 64, "gamma2": 64}],
+    ids=str,
+)
+def test_levels_that_are_switched_off_and_long_blocks_give_the_same_tokens(pair, wanted, knobs):
+    config = tiny_run(*pair, triforce, HOST, **knobs)
+    assert generate(config, random_prompt(NUM_PROMPT_TOKENS), NUM_TOKENS).tokens == wanted
+
+
 QUANTISED = pytest.mark.parametrize("chunk_dtype", [ChunkDtype.int8, ChunkDtype.int4])
 
 

@@ -182,6 +182,22 @@ def test_file_systems_that_reserve_no_space_do(tier, monkeypatch, number):
     assert torch.equal(blocks.read(3, 0, 64), rows_of(SHAPES["pages"], 3))
 
 
+def test_a_block_that_was_written_in_part_is_never_read(tier, monkeypatch):
+    blocks, write = filled(tier, SHAPES["pages"]), os.pwrite
+
+    def full_after_a_page(file, data, at):
+        monkeypatch.setattr(os, "pwrite", full)
+        return write(file, data[:PAGE_BYTES], at)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full_after_a_page)
+    with pytest.raises(OSError, match="No space left"):
+        blocks.write(1, rows_of(SHAPES["pages"], 9))
+    assert_refused(tier, blocks, 1, "has another checksum")
+
+
 @EVERY_SHAPE
 def test_a_stale_block_is_found(tier, shape):
     """A write that the disk lost: the block is whole, but it is the one from before."""
