@@ -73,6 +73,9 @@ class FakeEngine:
     def streaming_report(self):
         return {"bytes": 0, "seconds": 0.0, "gb_per_s": 0.0, "stall_s": 0.0, "emulated_link_gb_per_s": None}
 
+    def processes_report(self):
+        return []
+
     def close(self) -> None:
         self.is_closed = True
 
@@ -128,7 +131,7 @@ REFUSED = [
     (["model=gpt5"], ["model", "'gpt5'", "demo", "llama2-7b-128k", "qwen3-8b"]),
     (["model=null"], ["model", "'null'", "demo"]),
     (["model=[demo]"], ["model", "'[demo]'", "demo"]),
-    (["placement=moon"], ["placement", "'moon'", "auto, inline"]),
+    (["placement=moon"], ["placement", "'moon'", "auto, colocated, inline, pipeline"]),
     (["model.target=null"], ["model.target", "'null'", "a text"]),
     (["model.target="], ["model.target", "''", "hub id"]),
     (["cache.retrieval.budget=1001"], ["cache.retrieval.budget", "1001", "1000"]),
@@ -222,15 +225,13 @@ def test_a_refused_configuration_leaves_no_folder(engines):
     assert not list(Path().iterdir())
 
 
-def test_more_than_one_process_is_refused_by_one_of_them(engines, capfd, monkeypatch):
-    monkeypatch.setattr(run.time, "sleep", lambda seconds: None)
+def test_a_placement_that_does_not_suit_the_number_of_processes_is_refused(engines, capfd, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, num_lines in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("RANK", rank)
-        assert run.main([]) == 2
+    monkeypatch.setenv("RANK", "0")
+    for kind, rule in (("inline", "it must be 1"), ("pipeline", "it must be 4 or more")):
+        assert run.main([f"placement={kind}"]) == 2
         err = capfd.readouterr().err
-        assert err.count("\n") == num_lines
-        assert "WORLD_SIZE is 2" in err or rank == "1"
+        assert err.count("\n") == 1 and "WORLD_SIZE is 2" in err and rule in err
 
 
 def test_what_the_engine_refuses_is_a_message_too(engines, capfd):
