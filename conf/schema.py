@@ -14,6 +14,7 @@ MAX_GAMMA2 = 256
 AUTO = "auto"
 MAX_AUTO_GAMMA1, MAX_AUTO_GAMMA2 = 8, 64
 MAX_STOP_STRINGS = 64
+MAX_THREADS = 1024
 GREEDY_BELOW_TEMPERATURE = 1e-5
 LOOKUP_DRAFTER, NO_DRAFTER = "lookup", "none"
 
@@ -399,7 +400,9 @@ class PlacementConfig:
             len(parts) == 2 and parts[0] == "cuda" and parts[1].isdigit()
         )
         require(legal, "placement.device", self.device, "auto, cpu, cuda or cuda:N")
-        parse_auto_count("placement.threads", self.threads, ("auto",), minimum=1)
+        threads = parse_auto_count("placement.threads", self.threads, ("auto",), minimum=1)
+        legal = threads == "auto" or threads <= MAX_THREADS
+        require(legal, "placement.threads", self.threads, f"between 1 and {MAX_THREADS}, or auto")
         for key in ("start_timeout_s", "stall_timeout_s", "draft_timeout_s"):
             value = getattr(self, key)
             legal = math.isfinite(value) and value > 0

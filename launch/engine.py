@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +19,14 @@ from orchestrator.rebuild_policy import RebuildPolicy
 from orchestrator.session import Session
 from orchestrator.text_stream import TextStream
 from tiers.errors import OutOfTierMemoryError
-from tiers.memory import device_free_bytes, disk_free_bytes, host_free_bytes, num_idle_cores
+from tiers.memory import (
+    device_free_bytes,
+    disk_free_bytes,
+    host_free_bytes,
+    lockable_memory,
+    num_idle_cores,
+    process_bytes,
+)
 from tiers.plan import MemoryPlan, PlanInput, make_plan
 from workers.background import InBackground
 from workers.model import TargetModel
@@ -36,6 +43,8 @@ class Prepared:
     target: ModelFacts
     drafter: ModelFacts | None
     notes: list[str] = field(default_factory=list)
+    on_locked: Callable[[int, int], None] = lambda done, total: None
+    """Called as host memory is page-locked, in bytes."""
 
     @property
     def tokenizer(self):
@@ -117,6 +126,8 @@ class Engine:
     hierarchy: Hierarchy
     plan: MemoryPlan
     notes: list[str]
+    process_planned_bytes: int
+    """What this process took before it loaded anything, and what the plan adds to its memory."""
     _builder: RoleBuilder
     _target: TargetModel
 
@@ -125,11 +136,10 @@ class Engine:
         self._target.on_prefill_progress = callback
 
     def memory_report(self) -> dict[str, dict[str, int]]:
-        """Planned and peak bytes of each tier."""
-        peaks = self._builder.peak_bytes()
-        return {
-            name: {"planned_bytes": planned, "peak_bytes": peaks[name]} for name, planned in self.plan.totals.items()
-        }
+        """Planned and peak bytes of each tier, and of the process as the system sees it."""
+        peaks = self._builder.peak_bytes() | {"process": process_bytes()[1]}
+        planned = self.plan.totals | {"process": self.process_planned_bytes}
+        return {name: {"planned_bytes": planned[name], "peak_bytes": peaks[name]} for name in planned}
 
     def streaming_report(self) -> dict[str, float | None]:
         """What was streamed from host and disk; see RoleBuilder.streaming_report."""
@@ -152,10 +162,12 @@ def build(config: RunConfig, prepared: Prepared, prompt_ids: list[int], max_new_
         config, prepared, max_tokens=max_tokens, max_new_tokens=max_new_tokens, free=_free_bytes(config, prepared)
     )
     plan = make_plan(inputs, config.cache)
+    in_this_process = [plan.totals["host"], plan.totals["device"] if inputs.device_is_host else 0]
+    process_planned_bytes = process_bytes()[0] + sum(in_this_process)
     notes.append(plan.reason)
     with memory_shortage_as_config_error(config):
-        sizes = {"seed": seed, "max_new_tokens": max_new_tokens}
-        builder = RoleBuilder(config, prepared.target, prepared.device, plan, **sizes)
+        how = {"seed": seed, "max_new_tokens": max_new_tokens, "in_threads": config.overlaps}
+        builder = RoleBuilder(config, prepared.target, prepared.device, plan, on_locked=prepared.on_locked, **how)
         target = builder.load_target()
         verifier, target_model = builder.verifier(target)
         hierarchy = make_hierarchy(
@@ -168,7 +180,14 @@ def build(config: RunConfig, prepared: Prepared, prompt_ids: list[int], max_new_
         )
     if builder.link.gb_per_s is not None:
         notes.append(f"the link from host to device is emulated: {builder.link.gb_per_s:g} GB/s")
-    return Engine(hierarchy=hierarchy, plan=plan, notes=notes + builder.notes, _builder=builder, _target=target_model)
+    return Engine(
+        hierarchy=hierarchy,
+        plan=plan,
+        notes=notes + builder.notes,
+        process_planned_bytes=process_planned_bytes,
+        _builder=builder,
+        _target=target_model,
+    )
 
 
 @contextmanager
@@ -177,8 +196,8 @@ def memory_shortage_as_config_error(config: RunConfig) -> Iterator[None]:
         yield
     except OutOfTierMemoryError as error:
         raise ConfigError(
-            f"{error}. A smaller prompt.max_tokens (it is {config.prompt.max_tokens}) needs less; "
-            "page-locked memory is limited by `ulimit -l` too"
+            f"{error}. A smaller prompt.max_tokens (it is {config.prompt.max_tokens}) needs less. "
+            f"{host_free_bytes() / 2**30:.2f} GiB of host memory are free; `ulimit -l` is {lockable_memory()}"
         ) from error
 
 

@@ -26,6 +26,8 @@ from conf.schema import AUTO, ConfigError, RunConfig
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = ("model", "placement")
 MAX_SHOWN_CHARS = 200
+MAX_LIST_CHARS = 10_000
+"""Of a list or dictionary; Hydra takes seconds to parse a longer one."""
 
 ConfigStore.instance().store(name="run_schema", node=RunConfig)
 
@@ -48,6 +50,8 @@ def parse_override(text: str) -> Override:
         raise ConfigError(f"{shortened(text)!r} must be key=value, for example decoding.gamma1=2")
     if any("\ud800" <= character <= "\udfff" for character in text):  # so Python shows bytes that are not UTF-8
         raise ConfigError(f"{key} is {shortened(value)!r}; it must be UTF-8: convert it, or put it into a file")
+    if value[:1] in ("[", "{") and len(value) > MAX_LIST_CHARS:
+        raise ConfigError(f"{key} is {shortened(value)!r}; it must have at most {MAX_LIST_CHARS} characters")
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:

@@ -21,7 +21,7 @@ from launch.engine import Prepared, make_hierarchy, make_pace, make_session, pla
 from launch.guard import ENDPOINTS
 from launch.rendezvous import publish_endpoints
 from launch.role_process import WEIGHTS, Assignment
-from launch.roles import disk_folder
+from launch.roles import disk_folder, overlap
 from launch.sizing import FreeBytes
 from orchestrator.crew import PROCESS, Crew, RunFailedError, TimeLimits
 from orchestrator.hierarchy import Hierarchy
@@ -146,7 +146,15 @@ class RemoteEngine:
         total = {name: sum(part[name] for part in parts) for name in ("bytes", "damaged_blocks")}
         slowest = {name: max(part[name] for part in parts) for name in ("seconds", "stall_s")}
         rate = total["bytes"] / slowest["seconds"] / 1e9 if slowest["seconds"] else 0.0
-        return total | slowest | {"gb_per_s": rate, "emulated_link_gb_per_s": parts[0]["emulated_link_gb_per_s"]}
+        return (
+            total
+            | slowest
+            | {
+                "gb_per_s": rate,
+                "overlap": overlap(slowest["seconds"], slowest["stall_s"]),
+                "emulated_link_gb_per_s": parts[0]["emulated_link_gb_per_s"],
+            }
+        )
 
     def close(self) -> None:
         """The processes are the company's to end."""

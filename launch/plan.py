@@ -11,7 +11,7 @@ import itertools
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import hydra
@@ -73,9 +73,10 @@ class HardwareConfig:
     def __post_init__(self) -> None:
         require(self.num_devices >= 1, "hardware.num_devices", self.num_devices, ">= 1")
         require(self.layer_overhead_ms >= 0, "hardware.layer_overhead_ms", self.layer_overhead_ms, ">= 0")
-        for key in ("device_memory_gib", "device_gb_per_s", "device_tflops", "link_gb_per_s", "host_memory_gib"):
-            value = getattr(self, key)
-            require(value is None or value > 0, f"hardware.{key}", value, "above 0, or null")
+        for item in fields(self):
+            if item.name not in ("name", "num_devices", "layer_overhead_ms"):
+                value = getattr(self, item.name)
+                require(value is None or value > 0, f"hardware.{item.name}", value, "above 0, or null")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -10,13 +10,16 @@ import codecs
 import os
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from conf.schema import ConfigError, PromptConfig
 
 CHARS_PER_TOKEN = 8
-# The end of a cut text may be tokenized differently than in the whole text; so far from the end it is not.
+PIECE_CHARS = 1 << 16
+# The ends of a cut text may be tokenized differently than in the whole text; so far from them it is not.
 MARGIN_TOKENS = 256
+ALIKE_TOKENS = 16
 BLOCK_BYTES = 1 << 18
 ONLY_PACKAGES = {"site-packages", "dist-packages"}
 
@@ -41,34 +44,92 @@ def read_prompt(config: PromptConfig, tokenizer, at_most: int | None = None) -> 
 
 
 def encode_first(text: _Text, tokenizer, count: int | None) -> list[int]:
-    """The first `count` tokens of the text (all: None), as if the whole text had been tokenized and then cut."""
-    num_chars = None if count is None else CHARS_PER_TOKEN * (count + MARGIN_TOKENS)
-    while True:
-        prefix, is_whole = text.first(num_chars)
-        ids = tokenizer(prefix, split_special_tokens=True, verbose=False)["input_ids"] if prefix else []
-        if is_whole or len(ids) >= count + MARGIN_TOKENS:
-            return ids[:count]
-        num_chars *= 2
+    """The first `count` tokens of the text (all: None), as if the whole text had been tokenized and then cut.
+
+    In pieces: a tokenizer takes more than a kilobyte for each token of what it is given at once. Pieces overlap, and
+    are joined where both go on alike, far from the end of the one and the beginning of the other.
+    """
+    before, behind = _added_tokens(tokenizer)
+    ids, first = list(before), 0
+    num_chars = PIECE_CHARS if count is None else min(PIECE_CHARS, CHARS_PER_TOKEN * (count + MARGIN_TOKENS))
+    piece = _encode(text, tokenizer, 0, num_chars)
+    while not piece.is_last and (count is None or len(ids) + len(piece.ids) - first < count + MARGIN_TOKENS):
+        joint = None
+        if len(piece.ids) - first > 4 * MARGIN_TOKENS:
+            following = _encode(text, tokenizer, piece.starts[-3 * MARGIN_TOKENS], num_chars)
+            joint = _joint(piece, following)
+        if joint is None:
+            num_chars *= 2
+            piece = _encode(text, tokenizer, piece.start, num_chars)
+        else:
+            end, next_first = joint
+            ids += piece.ids[first:end]
+            piece, first = following, next_first
+            text.forget(piece.start)
+    if not piece.ids:
+        return []
+    ids += piece.ids[first:]
+    return (ids + behind if piece.is_last else ids)[:count]
+
+
+@dataclass(slots=True)
+class _Piece:
+    """The tokens of a part of the text, without those that a tokenizer adds, and where in the text each one begins."""
+
+    start: int
+    ids: list[int]
+    starts: list[int]
+    is_last: bool
+
+
+def _encode(text: _Text, tokenizer, start: int, num_chars: int) -> _Piece:
+    string, is_last = text.read(start, num_chars)
+    encoded = tokenizer(
+        string, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+    )
+    return _Piece(start, encoded["input_ids"], [start + first for first, _ in encoded["offset_mapping"]], is_last)
+
+
+def _joint(piece: _Piece, following: _Piece) -> tuple[int, int] | None:
+    """Indices of the same token in both, a margin from the end of the one and the beginning of the other."""
+    index_at = {start: index for index, start in enumerate(following.starts)}
+    for index in range(len(piece.ids) - 2 * MARGIN_TOKENS, len(piece.ids) - MARGIN_TOKENS):
+        other = index_at.get(piece.starts[index])
+        if other is None:
+            continue
+        if piece.ids[index : index + ALIKE_TOKENS] == following.ids[other : other + ALIKE_TOKENS]:
+            return index, other
+    return None
+
+
+def _added_tokens(tokenizer) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and behind any text."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    ids, mask = encoded["input_ids"], encoded["special_tokens_mask"]
+    num_before = mask.index(0) if 0 in mask else len(mask)
+    num_behind = mask[::-1].index(0) if 0 in mask else 0
+    return ids[:num_before], ids[len(ids) - num_behind :]
 
 
 class _Text:
-    """Text that arrives in pieces and is read only as far as asked for."""
+    """Text that arrives in pieces, and is read only as far as asked for."""
 
     def __init__(self, pieces: Iterator[str]):
-        self._pieces, self._read, self._num_chars = pieces, [], 0
+        self._pieces, self._held, self._start = pieces, "", 0
 
-    def first(self, num_chars: int | None) -> tuple[str, bool]:
-        """The first `num_chars` characters (all: None), and whether that is the whole text."""
-        is_whole = False
-        while num_chars is None or self._num_chars < num_chars:
-            piece = next(self._pieces, None)
-            if piece is None:
-                is_whole = True
-                break
-            self._read.append(piece)
-            self._num_chars += len(piece)
-        self._read = ["".join(self._read)]
-        return self._read[0][:num_chars], is_whole
+    def read(self, start: int, num_chars: int) -> tuple[str, bool]:
+        """`num_chars` characters from `start` on, and whether the text ends with them."""
+        end, arrived = start - self._start + num_chars, []
+        missing = end - len(self._held)
+        while missing >= 0 and (piece := next(self._pieces, None)) is not None:
+            arrived.append(piece)
+            missing -= len(piece)
+        self._held = "".join([self._held, *arrived])
+        return self._held[start - self._start : end], len(self._held) <= end
+
+    def forget(self, end: int) -> None:
+        """Nothing before `end` will be asked for again."""
+        self._held, self._start = self._held[end - self._start :], end
 
 
 def _source(config: PromptConfig) -> str:

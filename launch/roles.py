@@ -18,6 +18,7 @@ from tiers.context_summary import ContextSummary
 from tiers.device_tier import DeviceTier
 from tiers.disk_tier import DiskTier, best_num_readers
 from tiers.full_cache import BlockLayer, DeviceLayer, FullCache
+from tiers.numa import bind_to_node_of
 from tiers.pinned_host_tier import PinnedHostTier, can_pin
 from tiers.plan import MemoryPlan
 from tiers.quantised_retrieval_cache import make_retrieval_cache
@@ -41,6 +42,7 @@ class RoleBuilder:
 
     `target` are the facts of the model, or of the part of it that this process has. What the roles have in common,
     tiers and the link to the device, is here, and is closed with `close`. `in_threads`: each role has its own.
+    `on_locked(done, total)` is called as bytes of host memory are page-locked, which takes a while.
     """
 
     def __init__(
@@ -53,14 +55,21 @@ class RoleBuilder:
         seed: int,
         max_new_tokens: int,
         in_threads: bool = False,
+        on_locked: Callable[[int, int], None] = lambda done, total: None,
     ):
         self.config, self.target_facts, self.device, self.plan = config, target, device, plan
         self._max_new_tokens = max_new_tokens
         self._seed, self._random = seed, None if in_threads else KeyedRandom(seed)
         self.notes: list[str] = []
+        if device.type == "cuda" and (node := bind_to_node_of(pci_address(device))) is not None:
+            self.notes.append(f"cores and host memory of NUMA node {node}, that of {device}")
         self.device_tier = DeviceTier(device)
         pin, checksums = device.type == "cuda" and can_pin(), config.tiers.host.checksums
-        self.host_tier = PinnedHostTier(pin=pin, checksums=checksums)
+        self.host_tier = PinnedHostTier(
+            pin=pin,
+            checksums=checksums,
+            on_locked=lambda num_bytes: on_locked(num_bytes, plan.totals["host"]),
+        )
         if device.type == "cuda" and not self.host_tier.pin and plan.host_bytes:
             self.notes.append("host memory is not pinned (cupy is missing): copies will be slow")
         if plan.num_disk_layers:
@@ -93,6 +102,7 @@ class RoleBuilder:
             "seconds": stats.seconds,
             "gb_per_s": rate,
             "stall_s": stats.stall_seconds,
+            "overlap": overlap(stats.seconds, stats.stall_seconds),
             "emulated_link_gb_per_s": self.link.gb_per_s,
             "damaged_blocks": self.disk_tier.num_damaged + self.host_tier.num_damaged,
         }
@@ -145,7 +155,10 @@ class RoleBuilder:
         cache = StreamingLLMCache(facts.cache_shape, streaming.sinks, streaming.window, slack, self.device_tier)
         self.weight_bytes += facts.num_weight_bytes
         model = load_model(facts, self.device, self_check=config.model.self_check)
-        return Drafter(StreamingModel(model, cache), self._coupling(LEVEL_DRAFTER), vocab_size)
+        coupling = self._coupling(LEVEL_DRAFTER)
+        # Where the retrieval draft stands between, it names the runners-up of what it hands on.
+        names_runners_up = self._wants_runners_up and not config.uses_retrieval
+        return Drafter(StreamingModel(model, cache), coupling, vocab_size, names_runners_up=names_runners_up)
 
     @property
     def _wants_runners_up(self) -> bool:
@@ -201,7 +214,7 @@ class RoleBuilder:
         configured = self.config.tiers.disk.readers
         if configured != "auto":
             return int(configured)
-        num_readers, gb_per_s = best_num_readers(self.disk_tier.folder, block)
+        num_readers, gb_per_s = best_num_readers(self.disk_tier.folder, block, self.plan.stream_buffers)
         self.notes.append(f"disk: {gb_per_s:.1f} GB/s with {num_readers} reads in flight")
         return num_readers
 
@@ -223,6 +236,17 @@ class RoleBuilder:
 def disk_folder(config: RunConfig) -> Path:
     """Where the disk tier has its files."""
     return Path(config.tiers.disk.folder or config.output)
+
+
+def overlap(seconds: float, stall_seconds: float) -> float | None:
+    """Of the seconds in which copies were under way, the share in which attention did not wait for them."""
+    return max(0.0, 1 - stall_seconds / seconds) if seconds else None
+
+
+def pci_address(device: torch.device) -> str:
+    """Of a CUDA device, as the system names it."""
+    facts = torch.cuda.get_device_properties(device)
+    return f"{facts.pci_domain_id:04x}:{facts.pci_bus_id:02x}:{facts.pci_device_id:02x}.0"
 
 
 @contextmanager

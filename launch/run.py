@@ -163,6 +163,7 @@ class Job:
             self.company = import_module("launch.pipeline").Company(self.config, placement, self.display.note)
             self.company.start()
         prepared = engines.prepare(self.config)
+        prepared.on_locked = self.display.locking
         self.phase = "prompt"
         self.prompt_ids = read_prompt(self.config.prompt, prepared.tokenizer, at_most=4 * prepared.max_positions)
         max_new_tokens = self._fit_to_model(prepared.max_positions)
@@ -180,7 +181,8 @@ class Job:
             at_least = "at least " if num_prompt == 4 * max_positions else ""
             raise ConfigError(
                 f"This model's maximum context length is {max_positions} tokens; the prompt has {at_least}{num_prompt} "
-                f"tokens (prompt.max_tokens is {self.config.prompt.max_tokens}). prompt.max_tokens={max_positions} "
+                f"tokens (prompt.max_tokens is {self.config.prompt.max_tokens or 'null'}). "
+                f"prompt.max_tokens={max_positions} "
                 "reads as much of it as fits"
             )
         room = max_positions - num_prompt + 1

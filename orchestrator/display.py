@@ -69,6 +69,11 @@ class Display:
         """A line about the run, such as what an `auto` was resolved to."""
         self._print(Text(harmless(line), style="dim"))
 
+    def locking(self, done_bytes: int, total_bytes: int) -> None:
+        """Progress of page-locking host memory."""
+        self._status = Text(f"locking host memory… {_bytes(done_bytes)} of {_bytes(total_bytes)}")
+        self._refresh()
+
     def reading(self, num_tokens: int, share: float) -> None:
         """Progress of the prefill: `share` of the work is done."""
         if not share:
@@ -176,7 +181,9 @@ def _summary_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         rate, stall = _number(streaming["gb_per_s"], ".2f"), _number(streaming["stall_s"], ".2f")
         link = streaming["emulated_link_gb_per_s"]
         emulated = "" if link is None else f" (emulated link of {link:g} GB/s)"
-        rows.append(("streamed", f"{streaming['bytes'] / 1e9:.2f} GB at {rate} GB/s, {stall} s stalled{emulated}"))
+        behind = _number(streaming["overlap"], ".0%")
+        figures = f"{streaming['bytes'] / 1e9:.2f} GB at {rate} GB/s, {stall} s stalled, {behind} behind computation"
+        rows.append(("streamed", figures + emulated))
     return rows
 
 

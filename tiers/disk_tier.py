@@ -48,7 +48,7 @@ class DiskTier:
             file = self._open()
             self._files.append(file)
             if num_bytes:
-                os.posix_fallocate(file, 0, num_bytes)
+                _reserve(file, num_bytes)
         except OSError as error:
             gib = num_bytes / 2**30
             raise OutOfTierMemoryError(
@@ -107,6 +107,16 @@ class DiskTier:
         self.used_bytes = 0
 
 
+def _reserve(file: int, num_bytes: int) -> None:
+    """Space that cannot be missing later; where the file system reserves none, only the file's length."""
+    try:
+        os.posix_fallocate(file, 0, num_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        os.ftruncate(file, num_bytes)
+
+
 class DiskBlocks:
     """The blocks of one layer in one file; see tiers.base.BlockStore. Threads may read and write different blocks."""
 
@@ -137,7 +147,12 @@ class DiskBlocks:
         data = memoryview(pages.numpy())
         at = 0
         while at < len(data):
-            count = os.preadv(self._file, [data[at:]], index * len(data) + at)
+            try:
+                count = os.preadv(self._file, [data[at:]], index * len(data) + at)
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                raise self._damaged(index, f"cannot be read ({error.strerror})") from error
             if not count:
                 raise self._damaged(index, f"ends after {at} of {len(data)} bytes")
             at += count
@@ -185,8 +200,8 @@ class DiskBlocks:
         return DamagedBlockError(f"block {index} of {len(self._checksums)} in {self._tier.folder} {what}")
 
 
-def best_num_readers(folder: Path | str, shape: BlockShape) -> tuple[int, float]:
-    """How many reads in flight a disk wants, for blocks of `shape`, and the GB/s it then gives.
+def best_num_readers(folder: Path | str, shape: BlockShape, most: int) -> tuple[int, float]:
+    """How many reads in flight a disk wants, at `most`, for blocks of `shape`, and the GB/s it then gives.
 
     Writes some blocks to `folder` and reads them by ever more threads, as long as that is a good deal faster: where the
     disk is as fast with fewer, they leave the processor to attention. Raises OutOfTierMemoryError.
@@ -199,7 +214,7 @@ def best_num_readers(folder: Path | str, shape: BlockShape) -> tuple[int, float]
         for index in range(count):
             blocks.write(index, rows)
         best, best_seconds = 0, float("inf")
-        for num_readers in NUMS_OF_READERS:
+        for num_readers in (number for number in NUMS_OF_READERS if number <= most):
             with ThreadPoolExecutor(num_readers) as threads:
                 list(threads.map(blocks.check, range(min(num_readers, count))))  # starts the threads
                 began = time.perf_counter()

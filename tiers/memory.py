@@ -3,33 +3,66 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import psutil
 import torch
 
-CGROUP = Path("/sys/fs/cgroup")
+CGROUP, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+"""Limit and usage, of version 2 and of version 1."""
 
 
 def host_free_bytes() -> int:
-    """Available memory, or what the cgroup's limit leaves if that is less.
+    """Available memory, or what the limits of the cgroups that this process is in leave if that is less.
 
     A cgroup's usage includes cached pages of files, which the system drops when memory is asked for: not counted here.
     """
     free = psutil.virtual_memory().available
-    for limit_file, usage_file in (
-        (CGROUP / "memory.max", CGROUP / "memory.current"),
-        (CGROUP / "memory/memory.limit_in_bytes", CGROUP / "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            limit, usage = limit_file.read_text().strip(), usage_file.read_text().strip()
-            statistics = dict(line.split() for line in (limit_file.parent / "memory.stat").read_text().splitlines())
-        except OSError:
-            continue
-        if limit.isdigit():
-            droppable = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
-            free = min(free, max(0, int(limit) - int(usage) + droppable))
+    for folder in _memory_cgroups():
+        for limit_file, usage_file in CGROUP_FILES:
+            try:
+                limit, usage = (folder / limit_file).read_text().strip(), (folder / usage_file).read_text().strip()
+                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            except OSError:
+                continue
+            if limit.isdigit():
+                droppable = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
+                free = min(free, max(0, int(limit) - int(usage) + droppable))
     return free
+
+
+def _memory_cgroups() -> set[Path]:
+    """Folders of the cgroups that limit this process: its own, and all above it."""
+    folders = {CGROUP, CGROUP / "memory"}
+    try:
+        lines = OWN_CGROUPS.read_text().splitlines()
+    except OSError:
+        return folders
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers in ("", "memory"):
+            root = CGROUP / controllers
+            own = root / path.lstrip("/")
+            folders |= {own, *(parent for parent in own.parents if parent.is_relative_to(root))}
+    return folders
+
+
+def lockable_memory() -> str:
+    """What `ulimit -l` says."""
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit >> 10} KiB"
+
+
+def process_bytes() -> tuple[int, int]:
+    """Memory of this process, now and at most so far: what of it is in RAM, libraries and Python included."""
+    now = psutil.Process().memory_info().rss
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return now, now
+    peak = next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")), now)
+    return now, max(now, peak)
 
 
 def device_free_bytes(device: torch.device) -> int:

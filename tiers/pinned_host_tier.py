@@ -1,37 +1,62 @@
 """The host tier: page-locked memory for copies at link speed, exact in size. The only importer of cupy.
 
-torch's pinned allocator and cupy's pool round sizes up to a power of two; `cupy.cuda.PinnedMemory` does not. Without
-CUDA the same tier is plain memory.
+torch's pinned allocator and cupy's pool round sizes up to a power of two; a mapping of our own, which CUDA is told to
+lock, has the size asked for. Locking takes a second for some GiB, nearly all of it for finding the pages, so blocks are
+locked in pieces, several at a time. No copy may reach from one piece into the next: a piece is whole blocks.
+
+Without CUDA the same tier is plain memory.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 
 import torch
 
-from tiers.base import BlockShape
+from tiers.base import PAGE_BYTES, BlockShape
 from tiers.checksum import CheckedBlock, checksum
 from tiers.errors import DamagedBlockError, OutOfTierMemoryError
 
+PIECE_BYTES = 256 << 20
+LOCKING_THREADS = 8
+
 
 class PinnedHostTier:
-    """Allocates host memory, page-locked if `pin`, and keeps count. With `checksums`, blocks are checked when read."""
+    """Allocates host memory, page-locked if `pin`, and keeps count. With `checksums`, blocks are checked when read.
 
-    def __init__(self, *, pin: bool, checksums: bool = False):
-        self.name, self.pin, self.checksums = "host", pin, checksums
+    `on_locked(num_bytes)` is called as memory is locked, with all that was so far.
+    """
+
+    def __init__(
+        self, *, pin: bool, checksums: bool = False, on_locked: Callable[[int], None] = lambda num_bytes: None
+    ):
+        self.name, self.pin, self.checksums, self._on_locked = "host", pin, checksums, on_locked
+        self._locked_bytes = 0
         self.num_damaged = 0
         self.used_bytes = self.peak_bytes = 0
 
     def allocate(self, *size: int, dtype: torch.dtype) -> torch.Tensor:
         """See tiers.base.Tier."""
+        return self._allocate(size, dtype, math.prod(size) * dtype.itemsize)
+
+    def _allocate(self, size: tuple[int, ...], dtype: torch.dtype, piece_bytes: int) -> torch.Tensor:
         num_bytes = math.prod(size) * dtype.itemsize
         try:
             if self.pin and num_bytes:
-                tensor = self._pinned(num_bytes, dtype).view(size)
+                memory = _LockedMemory(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                for locked_bytes in memory.lock(piece_bytes):
+                    self._locked_bytes += locked_bytes
+                    self._on_locked(self._locked_bytes)
+                # The tensor keeps the mapping: frombuffer holds a reference to its buffer.
+                tensor = torch.frombuffer(memory, dtype=dtype, count=math.prod(size)).view(size)
             else:
                 tensor = torch.empty(size, dtype=dtype)
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, OSError) as error:
             gib = num_bytes / 2**30
             raise OutOfTierMemoryError(
                 f"the host tier cannot give {gib:.2f} GiB, pinned={self.pin}: {error}"
@@ -42,19 +67,44 @@ class PinnedHostTier:
 
     def blocks(self, shape: BlockShape, count: int) -> HostBlocks:
         """Room for `count` blocks of `shape`. Raises OutOfTierMemoryError."""
-        memory = self.allocate(count, *shape.size, dtype=shape.dtype)
+        whole_pages = math.lcm(shape.num_bytes, PAGE_BYTES)
+        piece_bytes = max(1, PIECE_BYTES // whole_pages) * whole_pages
+        memory = self._allocate((count, *shape.size), shape.dtype, piece_bytes)
         return CheckedHostBlocks(shape, memory, self) if self.checksums else HostBlocks(shape, memory)
-
-    def _pinned(self, num_bytes: int, dtype: torch.dtype) -> torch.Tensor:
-        import cupy
-
-        # The tensor keeps the pointer alive, and it the memory: frombuffer holds a reference to its buffer.
-        pointer = cupy.cuda.PinnedMemoryPointer(cupy.cuda.PinnedMemory(num_bytes), 0)
-        return torch.frombuffer(pointer, dtype=dtype, count=num_bytes // dtype.itemsize)
 
     def free(self, tensor: torch.Tensor) -> None:
         """The memory itself goes with the last reference."""
         self.used_bytes -= tensor.nbytes
+
+
+class _LockedMemory(mmap.mmap):
+    """Memory that CUDA knows to be locked, until it is given back."""
+
+    _unlock: Callable[[int], None] | None = None
+
+    def lock(self, piece_bytes: int) -> Iterator[int]:
+        """In pieces of so many bytes; yields the size of each when it is done. Raises RuntimeError."""
+        from cupy.cuda import runtime
+
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self))
+        self._unlock, self._locked = runtime.hostUnregister, []
+
+        def lock_piece(start: int) -> int:
+            num_bytes = min(piece_bytes, len(self) - start)
+            ctypes.memset(address + start, 0, num_bytes)  # finds the pages, which several threads do faster than CUDA
+            runtime.hostRegister(address + start, num_bytes, 0)
+            self._locked.append(address + start)
+            return num_bytes
+
+        with ThreadPoolExecutor(LOCKING_THREADS) as threads:
+            for piece in as_completed([threads.submit(lock_piece, at) for at in range(0, len(self), piece_bytes)]):
+                yield piece.result()
+
+    def __del__(self):
+        if self._unlock is not None:
+            for address in self._locked:
+                with suppress(RuntimeError):  # where the program ends, CUDA may have ended before
+                    self._unlock(address)
 
 
 class HostBlocks:

@@ -263,7 +263,9 @@ def _refusal(plans: list[MemoryPlan], inputs: PlanInput, cache: CacheConfig) -> 
     move = "" if cache.full.tier == FullCacheTier.auto else ", or cache.full.tier=auto"
     move += ", or a smaller cache.retrieval.budget" if inputs.retrieval_budget else ""
     move += "".join(
-        f", or cache.full.{key}=auto" for key in ("device_layers", "host_layers") if getattr(cache.full, key) != "auto"
+        f", or cache.full.{key}=auto"
+        for key in ("device_layers", "host_layers", "block_tokens")
+        if getattr(cache.full, key) != "auto"
     )
     return f"a context of {inputs.max_tokens} tokens needs {needs}. {hint}{move}"
 

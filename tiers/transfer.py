@@ -183,11 +183,13 @@ class CudaBlockStreamer:
         self._reads: list[Future | None] = [None] * num_buffers
         self._num_issued = self._num_taken = 0
         self._began: torch.cuda.Event | None = None
+        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # on the compute stream, of this pass
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # of passes all of whose copies are issued
 
     def begin(self, blocks: list[torch.Tensor | StoredBlock]) -> None:
         """See CpuBlockStreamer.begin."""
         assert self._num_taken == len(self._blocks), "a pass begins with blocks of the last one not taken"
+        self._count_waits()
         self._blocks, self._num_issued, self._num_taken = blocks, 0, 0
         if not blocks:
             return
@@ -227,8 +229,12 @@ class CudaBlockStreamer:
         compute_stream = torch.cuda.current_stream(self._device)
         for _ in range(count):
             slot = self._num_taken % len(self._buffers)
+            reached, ready = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            reached.record(compute_stream)
             self._finish_read(slot)
             compute_stream.wait_event(self._copied[slot])
+            ready.record(compute_stream)
+            self._waits.append((reached, ready))
             self._num_taken += 1
             if self._num_taken == len(self._blocks):
                 ended = torch.cuda.Event(enable_timing=True)
@@ -243,15 +249,20 @@ class CudaBlockStreamer:
         """Only when the copy is on its stream can another stream wait for it."""
         read, self._reads[slot] = self._reads[slot], None
         if read is not None:
-            began = time.perf_counter()
             read.result()
-            self._stats.stall_seconds += time.perf_counter() - began
+
+    def _count_waits(self) -> None:
+        """Of the last pass, whose result the host has seen by now: this waits for nothing."""
+        if self._waits:
+            self._waits[-1][1].synchronize()
+        self._stats.stall_seconds += sum(reached.elapsed_time(ready) for reached, ready in self._waits) / 1e3
+        self._waits.clear()
 
     @property
     def stats(self) -> StreamStats:
-        """Waits for the device. `seconds` spans whole passes; stalls are those for the disk: a stream that waits for a
-        copy from host memory is not told apart from one that computes."""
+        """Waits for the device. `seconds` spans whole passes; stalls are those of the compute stream."""
         torch.cuda.synchronize(self._device)
+        self._count_waits()
         self._stats.seconds += sum(start.elapsed_time(end) for start, end in self._spans) / 1e3
         self._spans.clear()
         return self._stats

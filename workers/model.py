@@ -196,17 +196,25 @@ class StreamingModel:
             self.append(tokens, 1)
 
     def append(self, tokens: list[int], num_logits: int) -> torch.Tensor:
-        cache, num_before, all_tokens = self._cache, len(self._tokens), self._tokens + tokens
-        start = cache.window_start_for(len(all_tokens))
+        num_before = len(self._tokens)
+        self._tokens += tokens  # in place: of a long sequence a copy takes as long as a token
+        try:
+            return self._read(tokens, num_before, num_logits)
+        except BaseException:
+            del self._tokens[num_before:]
+            raise
+
+    def _read(self, tokens: list[int], num_before: int, num_logits: int) -> torch.Tensor:
+        """The newest `tokens`, which follow `num_before` others; or all that the window then holds."""
+        cache = self._cache
+        start = cache.window_start_for(len(self._tokens))
         if start != cache.window_start or cache.length != cache.slot(num_before):
             cache.reset()
             cache.window_start = start
-            tokens = all_tokens[: cache.sinks] + all_tokens[max(start, cache.sinks) :]
+            tokens = self._tokens[: cache.sinks] + self._tokens[max(start, cache.sinks) :]
         # The target's vocabulary may be padded to more ids: any other token will do for these, in a draft.
         known = [min(token, self._model.vocab_size - 1) for token in tokens]
-        logits = self._model.forward(known, cache, num_logits)
-        self._tokens = all_tokens
-        return logits
+        return self._model.forward(known, cache, num_logits)
 
     def truncate(self, length: int) -> None:
         """A roll back to before the window's start empties the cache: the next `append` reads again what it needs."""

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import copy
 import json
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+import huggingface_hub
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
@@ -33,6 +37,7 @@ from workers.tensor_parallel import AllReduce, connect, cut, plan_sharding
 REFUSED_MODEL_TYPES = ("llama4", "llama4_text", "gemma3n", "gemma3n_text")
 SUPPORTED_LAYER_TYPES = ("full_attention", "sliding_attention")
 SUPPORTED = "a decoder with full or sliding-window attention, such as Llama, Qwen, Mistral, Gemma 3, Phi or OLMo"
+HUB_TIMEOUT_SECONDS = 2.0
 SELF_CHECK_TOKENS, SELF_CHECK_PIECE_TOKENS = 24, 5
 SELF_CHECK_LAYERS = 2
 """Of a tensor-parallel model, which no rank has whole."""
@@ -87,6 +92,8 @@ def describe(key: str, name: str, dtype: torch.dtype, max_positions: int | None 
     Raises ConfigError.
     """
     source = model_source(key, name)
+    if not Path(source).is_dir():
+        _go_offline_without_network()
     config = _load(key, name, AutoConfig, source)
     text_config = config.get_text_config()
     _refuse_unsupported(key, name, text_config)
@@ -105,8 +112,20 @@ def describe(key: str, name: str, dtype: torch.dtype, max_positions: int | None 
         windows=_windows(text_config),
         max_positions=_max_positions(text_config),
         eos_ids=_eos_ids(source, config),
-        num_weight_bytes=_num_parameters(config) * dtype.itemsize,
+        num_weight_bytes=_num_parameters(key, name, config) * dtype.itemsize,
     )
+
+
+def _go_offline_without_network() -> None:
+    """Then only what was downloaded before is looked for; the hub's library would try for half a minute."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE or getproxies():
+        return
+    hub = urlsplit(huggingface_hub.constants.ENDPOINT)
+    port = hub.port or (80 if hub.scheme == "http" else 443)
+    try:
+        socket.create_connection((hub.hostname, port), timeout=HUB_TIMEOUT_SECONDS).close()
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 def _load(key: str, name: str, auto_class, source: str):
@@ -134,6 +153,8 @@ def _cache_shape(key: str, name: str, config, dtype: torch.dtype) -> CacheShape:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     except RuntimeError as error:  # transformers raises it where an attribute differs from layer to layer
         raise ConfigError(f"{key} is {name!r}, whose layers differ in their heads; it must be {SUPPORTED}") from error
+    if min(config.hidden_size, config.num_hidden_layers, num_kv_heads, head_dim) < 1:
+        raise ConfigError(f"{key} is {name!r}, whose config.json gives a size below 1; it must be {SUPPORTED}")
     return CacheShape(num_layers=config.num_hidden_layers, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype)
 
 
@@ -208,9 +229,15 @@ def _eos_ids(source: str, config) -> frozenset[int]:
     return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
 
 
-def _num_parameters(config) -> int:
-    """Buffers are small and left out."""
-    return sum(parameter.numel() for parameter in _without_memory(config).parameters())
+def _num_parameters(key: str, name: str, config) -> int:
+    """Buffers are small and left out. Raises ConfigError for a configuration that makes no model."""
+    try:
+        model = _without_memory(config)
+    except Exception as error:  # whatever a model's code makes of odd sizes
+        raise ConfigError(
+            f"{key} is {name!r}, whose config.json makes no model ({error!r}); check its sizes"
+        ) from error
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _without_memory(config):

@@ -30,10 +30,12 @@ from conf.schema import (
 )
 from tests.all_caches import read_prompt, space_on
 from tests.tiny_models import random_prompt, save_checkpoint, tiny_config
+from tiers import pinned_host_tier
 from tiers.base import BlockShape, CacheShape, Segment
 from tiers.device_tier import DeviceTier
 from tiers.disk_tier import DiskTier
 from tiers.full_cache import BlockLayer, DeviceLayer, FullCache
+from tiers.memory import process_bytes
 from tiers.pinned_host_tier import PinnedHostTier, can_pin
 from tiers.transfer import BlockWriter, CudaBlockStreamer, make_streamer
 from workers.attention import ForwardPass, active, attend
@@ -171,6 +173,18 @@ def test_counts_bytes_exactly_and_the_seconds_of_passes():
         assert streamer.stats.seconds == stats.seconds, "asking twice must not count twice"
 
 
+def test_the_compute_stream_stalls_for_slow_copies_and_not_for_fast_ones():
+    stalls = {}
+    for kind, slow_compute in ((SlowCopies, False), (CudaBlockStreamer, True)):
+        with closing(streamer_of(kind)) as streamer:
+            for _ in range(2):
+                streamer.begin(pinned_blocks(5))
+                values_taken(streamer, 5, slow_compute=slow_compute)
+            stalls[kind] = streamer.stats.stall_seconds
+            assert streamer.stats.stall_seconds == stalls[kind], "asking twice must not count twice"
+    assert stalls[SlowCopies] > 0.02 > stalls[CudaBlockStreamer]
+
+
 def test_seconds_of_whole_passes_survive_a_cancelled_one():
     with closing(streamer_of(SlowCopies)) as streamer:
         streamer.begin(pinned_blocks(5))
@@ -182,20 +196,25 @@ def test_seconds_of_whole_passes_survive_a_cancelled_one():
 
 
 @NEEDS_CUPY
-def test_pinned_memory_has_exactly_the_size_asked_for(monkeypatch):
-    import cupy
+def test_pinned_memory_has_exactly_the_size_asked_for():
+    """How it is cut: tests/unit/tiers/test_pinned_host_tier.py."""
+    tier, before = PinnedHostTier(pin=True), process_bytes()[0]
+    tensor = tier.allocate(3, 5, 10_000_003, dtype=torch.bfloat16)
+    assert tensor.shape == (3, 5, 10_000_003) and tensor.is_pinned() and tensor[2, 4, -1:].is_pinned()
+    assert tier.used_bytes == tensor.nbytes == 3 * 5 * 10_000_003 * 2
+    assert process_bytes()[0] - before < 1.2 * tensor.nbytes
 
-    sizes, original = [], cupy.cuda.PinnedMemory
 
-    def noted(size, *args):
-        sizes.append(size)
-        return original(size, *args)
-
-    monkeypatch.setattr(cupy.cuda, "PinnedMemory", noted)
-    tier = PinnedHostTier(pin=True)
-    tensor = tier.allocate(3, 5, 100_003, dtype=torch.bfloat16)
-    assert tensor.shape == (3, 5, 100_003) and tensor.is_pinned()
-    assert sizes == [tensor.nbytes] == [tier.used_bytes] == [3 * 5 * 100_003 * 2]
+@NEEDS_CUPY
+def test_every_block_of_memory_locked_in_pieces_is_copied_as_it_is(monkeypatch):
+    monkeypatch.setattr(pinned_host_tier, "PIECE_BYTES", 1 << 20)
+    shape = BlockShape(num_kv_heads=4, num_tokens=64, head_dim=64, dtype=torch.float32)
+    blocks = PinnedHostTier(pin=True).blocks(shape, 37)
+    for index in range(37):
+        blocks.write(index, torch.full(shape.size, float(index)))
+    with closing(streamer_of(CudaBlockStreamer)) as streamer:
+        streamer.begin([blocks.source(index) for index in range(37)])
+        assert values_taken(streamer, 37) == numbers(37, 0)
 
 
 @NEEDS_CUPY

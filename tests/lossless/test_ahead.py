@@ -5,14 +5,18 @@ A path that is used for the tokens on it must be seen to fail. How random number
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 
 import orchestrator.ahead
-from conf.schema import Coupling, Mode, Overlap, SamplingConfig
+from conf.schema import Coupling, DecodingConfig, Mode, Overlap, SamplingConfig
 from tests.lossless.test_enumeration import CLEARLY, SAMPLINGS, assert_exact, error
+from tests.tiny_models import random_prompt
+from tests.tiny_runs import DISK, engine_for, tiny_run
+from tests.tiny_runs import generate as run_tiny
 from tests.toy_models import LOOKUP, generate, make_setup
 from workers.acceptance import GumbelCoupling, KeyedRandom, distribution
 from workers.messages import Verdict
@@ -94,3 +98,37 @@ def test_runners_up_are_second_places():
     runners_up, closeness = coupling.runners_up(logits, order[:, 0].tolist(), 10)
     assert runners_up == order[:, 1].tolist()
     assert all(0 <= share <= 1 for share in closeness)
+
+
+# ---- The real engine, whose target verifies in a thread of its own. ----
+
+
+@pytest.mark.parametrize("overlap", OVERLAPS)
+@pytest.mark.parametrize("mode", [Mode.triforce, Mode.retrieval, Mode.streaming])
+def test_the_engine_gives_the_tokens_of_decoding_alone(checkpoints, mode, overlap):
+    sampling = SamplingConfig(temperature=0.8, top_p=0.9, coupling=Coupling.gumbel)
+    config = tiny_run(checkpoints("llama"), checkpoints("llama", seed=1), mode, DISK, sampling=sampling)
+    wanted = run_tiny(replace(config, decoding=DecodingConfig(mode=Mode.autoregressive)), random_prompt(90), 16).tokens
+    result = run_tiny(replace(config, decoding=replace(config.decoding, overlap=overlap)), random_prompt(90), 16)
+    assert result.tokens == wanted
+    assert any(record.ahead.num_steps for record in result.rounds[1:])
+
+
+@pytest.mark.parametrize("block_verification", [False, True])
+def test_roles_that_work_at_the_same_time_draw_from_sources_of_their_own(checkpoints, block_verification):
+    """One source would give the target's verdict the round of whatever is drafted meanwhile."""
+    sampling = SamplingConfig(temperature=1.0, block_verification=block_verification)
+    config = tiny_run(checkpoints("llama"), checkpoints("llama", seed=1), sampling=sampling)
+    config.decoding.overlap = Overlap.ahead
+    with engine_for(config, random_prompt(40), 8) as engine:
+        roles = (engine.hierarchy.verifier, engine.hierarchy.retriever, engine.hierarchy.drafter)
+        assert len({id(role._coupling._random) for role in roles}) == 3
+
+
+def test_without_a_retrieval_draft_the_drafter_names_the_runners_up(checkpoints):
+    config = tiny_run(checkpoints("llama"), checkpoints("llama", seed=1), Mode.streaming)
+    config.decoding.overlap = Overlap.outcomes
+    with engine_for(config, random_prompt(40), 8) as engine:
+        engine.hierarchy.start()
+        draft = engine.hierarchy.drafter.propose([], 3)
+        assert len(draft.runners_up) == len(draft.closeness) == 3

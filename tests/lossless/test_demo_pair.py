@@ -20,7 +20,7 @@ ASSETS = Path(__file__).resolve().parents[2] / "assets/demo"
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 GUMBEL = SamplingConfig(temperature=0.8, top_p=0.9, coupling=Coupling.gumbel)
 # Packages of the standard library, and how many tokens of their source are read.
-LONG_PROMPTS = {"asyncio": 16384, "unittest": 8192, "importlib": 4096}
+LONG_PROMPTS = {"multiprocessing": 16640, "asyncio": 16384, "unittest": 8192, "importlib": 4096}
 NUM_LONG_TOKENS = 256
 NUM_PROMPT_TOKENS, NUM_TOKENS = 1500, 48
 

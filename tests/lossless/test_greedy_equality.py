@@ -86,6 +86,16 @@ def test_every_setting_gives_the_same_tokens(pair, wanted, gamma1, gamma2, budge
     assert generate(config, random_prompt(NUM_PROMPT_TOKENS), NUM_TOKENS).tokens == wanted
 
 
+@pytest.mark.parametrize(
+    "knobs",
+    [{"gamma1": 0}, {"gamma2": 0}, {"gamma1": 0, "gamma2": 0}, {"budget": 0}, {"gamma1": 64, "gamma2": 64}],
+    ids=str,
+)
+def test_levels_that_are_switched_off_and_long_blocks_give_the_same_tokens(pair, wanted, knobs):
+    config = tiny_run(*pair, triforce, HOST, **knobs)
+    assert generate(config, random_prompt(NUM_PROMPT_TOKENS), NUM_TOKENS).tokens == wanted
+
+
 QUANTISED = pytest.mark.parametrize("chunk_dtype", [ChunkDtype.int8, ChunkDtype.int4])
 
 
@@ -183,13 +193,18 @@ def test_generation_ends_with_the_end_of_sequence_token(checkpoints, wanted, mod
     assert result.tokens == wanted[: wanted.index(eos) + 1] and result.finish_reason == "eos"
 
 
-def test_some_layers_on_the_device_and_some_on_the_host(checkpoints):
-    target, prompt = checkpoints("gemma2"), random_prompt(NUM_PROMPT_TOKENS)
+def test_every_mix_of_tiers_gives_the_same_tokens(checkpoints):
+    types = {"num_hidden_layers": 3, "layer_types": ["full_attention", "sliding_attention", "full_attention"]}
+    target, prompt = checkpoints("gemma2", **types), random_prompt(NUM_PROMPT_TOKENS)
     wanted = greedy_tokens(target, prompt, NUM_TOKENS)
-    for num_device_layers in range(3):
-        config = tiny_run(target, checkpoints("gemma2", seed=1), triforce, HOST)
-        config.cache.full.device_layers = str(num_device_layers)
-        assert generate(config, prompt, NUM_TOKENS).tokens == wanted
+    for num_device, num_host in product(range(4), range(4)):
+        if num_device + num_host > 3:
+            continue
+        config = tiny_run(target, checkpoints("gemma2", seed=1), triforce, DISK)
+        config.cache.full.device_layers, config.cache.full.host_layers = str(num_device), str(num_host)
+        result = generate(config, prompt, NUM_TOKENS)
+        assert result.tokens == wanted, (num_device, num_host)
+        assert (result.num_streamed_bytes > 0) == (num_device < 3)
 
 
 HALF_HEAD = 4

@@ -101,6 +101,7 @@ def test_prints_bytes_and_times():
         (["model=llama2-13b-128k", "hardware=rtx4090", *OFFLOADED], ["needs", "GiB on the device", "smaller model"]),
         (["hardware=abacus"], ["hardware", "abacus"]),
         (["hardware.num_devices=0"], ["hardware.num_devices is 0", ">= 1"]),
+        (["hardware=h200", "hardware.disk_gb_per_s=0"], ["hardware.disk_gb_per_s is 0", "above 0"]),
         (["hardware=rtx4090", "hardware.num_devices=3"], ["hardware.num_devices is 3", "2 kv heads"]),
         (["expected.retrieval_acceptance=1.5"], ["expected.retrieval_acceptance is 1.5", "between 0 and 1"]),
         (["prompt.max_tokens=null"], ["prompt.max_tokens"]),

@@ -1,5 +1,6 @@
 """launch/prompt.py: what is read becomes the same tokens however little of it is read; bad files are refused."""
 
+import random
 import sysconfig
 from pathlib import Path
 
@@ -62,6 +63,45 @@ def test_reading_little_gives_the_tokens_of_reading_all(tokenizer, parts, count,
     text = "".join(parts) * repeats
     whole = tokenizer(text, split_special_tokens=True)["input_ids"]
     assert read_prompt(PromptConfig(text=text, max_tokens=count), tokenizer) == whole[:count]
+
+
+@pytest.mark.parametrize("tokenizer", [WORDS, WHOLE_TEXT], ids=["words", "whole text"])
+@pytest.mark.parametrize("piece_chars", [300, 4000, 1 << 16])
+def test_pieces_are_joined_to_the_tokens_of_the_whole_text(monkeypatch, tokenizer, piece_chars):
+    monkeypatch.setattr(prompt, "PIECE_CHARS", piece_chars)
+    words = random.Random(piece_chars)
+    parts = [SAMPLE, "rain", " ", "\n", "====", "left + ", "é", "🦉", " " * 300, "=" * 999]
+    text = "".join(words.choices(parts, k=3000))
+    whole = tokenizer(text, split_special_tokens=True)["input_ids"]
+    for count in (None, len(whole), len(whole) - 1, 2000, 1):
+        assert read_prompt(PromptConfig(text=text, max_tokens=count), tokenizer) == whole[:count]
+
+
+def test_of_a_long_text_no_large_part_is_tokenized_at_once(monkeypatch):
+    sizes, text, encode = [], SAMPLE * 5000, prompt._encode
+    monkeypatch.setattr(prompt, "_encode", lambda *args: sizes.append(args[3]) or encode(*args))
+    assert len(read_prompt(PromptConfig(text=text, max_tokens=None), WORDS)) == len(WORDS(text)["input_ids"])
+    assert len(sizes) > 5 and max(sizes) == prompt.PIECE_CHARS
+
+
+def test_text_without_a_joint_is_tokenized_in_a_larger_piece(monkeypatch):
+    monkeypatch.setattr(prompt, "PIECE_CHARS", 4000)
+    joint, missing = prompt._joint, [None, None]
+    monkeypatch.setattr(prompt, "_joint", lambda *pieces: missing.pop() if missing else joint(*pieces))
+    text = SAMPLE * 1000
+    assert read_prompt(PromptConfig(text=text, max_tokens=None), WORDS) == WORDS(text)["input_ids"]
+    assert not missing
+
+
+def test_tokens_that_a_tokenizer_adds_come_once(monkeypatch):
+    monkeypatch.setattr(prompt, "PIECE_CHARS", 4000)
+    tokenizer = make_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    text = SAMPLE * 300
+    assert read_prompt(PromptConfig(text=text, max_tokens=None), tokenizer) == tokenizer(text)["input_ids"]
+    assert read_prompt(PromptConfig(text=text, max_tokens=9), tokenizer) == tokenizer(text)["input_ids"][:9]
 
 
 def test_at_most_limits_and_max_tokens_cuts():

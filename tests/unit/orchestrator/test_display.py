@@ -33,6 +33,7 @@ RESULT = {
         "seconds": 1.0,
         "gb_per_s": 2.5,
         "stall_s": 0.25,
+        "overlap": 0.5,
         "emulated_link_gb_per_s": None,
     },
 }
@@ -180,7 +181,7 @@ def test_the_table_has_every_figure():
         "60.0% (120 of 200)",
         "92.0% (276 of 300)",
         "3.0 MiB planned, 5.0 GiB peak",
-        "2.50 GB at 2.50 GB/s, 0.25 s stalled",
+        "2.50 GB at 2.50 GB/s, 0.25 s stalled, 50% behind computation",
     ):
         assert figure in text, (figure, text)
 

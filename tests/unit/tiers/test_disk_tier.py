@@ -154,6 +154,50 @@ def test_a_file_cut_short_is_found(tier, shape):
     assert_refused(tier, blocks, NUM_BLOCKS - 1, "ends after 0 of")
 
 
+def test_a_block_that_the_disk_cannot_read_is_damaged_and_other_errors_are_not(tier, monkeypatch):
+    blocks = filled(tier, SHAPES["pages"])
+
+    def fails_with(number):
+        def preadv(*args):
+            raise OSError(number, os.strerror(number))
+
+        return preadv
+
+    monkeypatch.setattr(os, "preadv", fails_with(errno.EIO))
+    assert_refused(tier, blocks, 1, "cannot be read")
+    monkeypatch.setattr(os, "preadv", fails_with(errno.EBADF))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        blocks.read(1, 0, 1)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_file_systems_that_reserve_no_space_do(tier, monkeypatch, number):
+    """The C library's substitute for it fails on files opened for direct access."""
+
+    def refusing(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", refusing)
+    blocks = filled(tier, SHAPES["pages"])
+    assert torch.equal(blocks.read(3, 0, 64), rows_of(SHAPES["pages"], 3))
+
+
+def test_a_block_that_was_written_in_part_is_never_read(tier, monkeypatch):
+    blocks, write = filled(tier, SHAPES["pages"]), os.pwrite
+
+    def full_after_a_page(file, data, at):
+        monkeypatch.setattr(os, "pwrite", full)
+        return write(file, data[:PAGE_BYTES], at)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full_after_a_page)
+    with pytest.raises(OSError, match="No space left"):
+        blocks.write(1, rows_of(SHAPES["pages"], 9))
+    assert_refused(tier, blocks, 1, "has another checksum")
+
+
 @EVERY_SHAPE
 def test_a_stale_block_is_found(tier, shape):
     """A write that the disk lost: the block is whole, but it is the one from before."""
@@ -243,11 +287,11 @@ def slow_reads(monkeypatch, seconds: float, num_at_once: int) -> None:
     monkeypatch.setattr(DiskBlocks, "check", slow)
 
 
-@pytest.mark.parametrize("num_at_once", [1, 4])
-def test_as_many_readers_are_chosen_as_the_disk_serves_at_once(tmp_path, monkeypatch, num_at_once):
-    slow_reads(monkeypatch, 0.02, num_at_once)
-    shape = BlockShape(num_kv_heads=2, num_tokens=2048, head_dim=128, dtype=torch.bfloat16)
-    num_readers, gb_per_s = best_num_readers(tmp_path, shape)
-    assert num_readers == num_at_once
-    assert 0 < gb_per_s < num_at_once * shape.num_bytes / 0.02 / 1e9
+@pytest.mark.parametrize(("num_at_once", "most", "wanted"), [(1, 16, 1), (4, 16, 4), (4, 3, 2)])
+def test_as_many_readers_are_chosen_as_the_disk_serves_at_once(tmp_path, monkeypatch, num_at_once, most, wanted):
+    slow_reads(monkeypatch, 0.05, num_at_once)
+    shape = BlockShape(num_kv_heads=2, num_tokens=4096, head_dim=128, dtype=torch.bfloat16)
+    num_readers, gb_per_s = best_num_readers(tmp_path, shape, most)
+    assert num_readers == wanted
+    assert 0 < gb_per_s < num_at_once * shape.num_bytes / 0.05 / 1e9
     assert not list(tmp_path.iterdir())

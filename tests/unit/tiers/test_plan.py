@@ -251,9 +251,11 @@ def test_refusal_of_a_fixed_tier_names_the_knob_that_would_let_layers_move():
     assert "cache.full.tier=auto" not in refusal(without_host, cache_config())
 
 
-def test_refusal_of_a_fixed_number_of_layers_names_the_knob_that_would_let_them_move():
+def test_refusal_of_fixed_numbers_names_the_knobs_that_would_let_them_change():
     message = refusal(replace(INPUTS, device_free_bytes=200 * MIB), cache_config(device_layers="8"))
-    assert "cache.full.device_layers=auto" in message
+    assert "cache.full.device_layers=auto" in message and "block_tokens" not in message
+    message = refusal(replace(INPUTS, device_free_bytes=200 * MIB), cache_config(block_tokens="9999999"))
+    assert "cache.full.block_tokens=auto" in message
 
 
 def test_refusal_where_even_the_weights_do_not_fit_names_a_smaller_model():
@@ -383,6 +385,8 @@ def test_planned_bytes_are_those_that_the_engine_takes(folders, name):
         assert report["host"]["peak_bytes"] == from_host_tier
         assert report["disk"]["peak_bytes"] == report["disk"]["planned_bytes"]
         assert (report["disk"]["planned_bytes"] > 0) == (tier is FullCacheTier.disk)
+        in_process = engine.plan.totals["device"] + engine.plan.totals["host"]
+        assert report["process"]["planned_bytes"] > in_process and report["process"]["peak_bytes"] > in_process
 
 
 def test_a_plan_that_does_not_fit_is_refused_before_any_weight_is_read(folders, monkeypatch):
@@ -396,7 +400,10 @@ def test_a_plan_that_does_not_fit_is_refused_before_any_weight_is_read(folders, 
 @pytest.mark.parametrize(
     ("tier", "words"),
     [
-        (FullCacheTier.host, ["host tier", "GiB", "too much is locked", "ulimit -l"]),
+        (
+            FullCacheTier.host,
+            ["host tier", "GiB", "too much is locked", "`ulimit -l` is ", "GiB of host memory are free"],
+        ),
         (FullCacheTier.disk, ["disk tier", "GiB", "No space left"]),
     ],
 )
@@ -426,6 +433,31 @@ def test_the_limit_of_a_cgroup_below_free_memory_is_honoured(monkeypatch, tmp_pa
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=100 << 30))
     assert memory.host_free_bytes() == (3 << 30 if limit else 100 << 30), "limit - usage + what the system can drop"
+
+
+@pytest.mark.parametrize(
+    ("cgroups", "root"), [("0::/slurm/job/step\n", ""), ("3:cpu:/\n9:memory:/slurm/job/step\n0::/\n", "memory")]
+)
+@pytest.mark.parametrize("limited", ["slurm", "slurm/job", "slurm/job/step"])
+def test_the_limit_of_any_cgroup_above_is_honoured(monkeypatch, tmp_path, cgroups, root, limited):
+    (tmp_path / root / "slurm/job/step").mkdir(parents=True)
+    folder, names = tmp_path / root / limited, memory.CGROUP_FILES[bool(root)]
+    for name, text in zip((*names, "memory.stat"), (str(5 << 30), str(3 << 30), ""), strict=True):
+        (folder / name).write_text(text)
+    (tmp_path / "cgroup").write_text(cgroups)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "OWN_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=100 << 30))
+    assert memory.host_free_bytes() == 2 << 30
+
+
+def test_the_memory_of_the_process_is_what_the_system_counts():
+    before, _ = memory.process_bytes()
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    with_block, peak = memory.process_bytes()
+    assert with_block - before > block.nbytes * 0.9
+    del block
+    assert memory.process_bytes()[1] >= peak >= with_block
 
 
 def test_where_there_is_no_room_to_collect_chunks_they_are_fetched():

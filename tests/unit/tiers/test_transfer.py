@@ -12,6 +12,7 @@ from contextlib import closing
 import pytest
 import torch
 
+from launch.roles import overlap
 from tests.all_caches import PoisonedDeviceTier
 from tiers.transfer import COPY_THREAD, BlockWriter, CpuBlockStreamer, Link, make_streamer
 
@@ -232,7 +233,10 @@ def test_a_consumer_slower_than_the_copies_hardly_stalls():
     with closing(streamer):
         streamer.begin(blocks(6))
         values_taken(streamer, 6, seconds_per_block=10 * COPY_SECONDS)
-        assert streamer.stats.stall_seconds < 0.8 * streamer.stats.seconds
+        stats = streamer.stats
+        assert stats.stall_seconds < 0.8 * stats.seconds
+        assert overlap(stats.seconds, stats.stall_seconds) == pytest.approx(1 - stats.stall_seconds / stats.seconds)
+    assert overlap(0.0, 0.0) is None
 
 
 def alive_copy_threads() -> int:

@@ -220,15 +220,16 @@ MERGING_ERROR = {torch.float32: 1e-6, torch.bfloat16: 2**-7}
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_new", [1, 3, 17, 70])
 @pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("tier", ["h", "s"])
 def test_streamed_keys_give_the_same_bits_as_resident_ones_cut_alike_and_nearly_those_of_uncut_ones(
-    num_new, dtype, window
+    tier, num_new, dtype, window
 ):
     num_old = 300
     q, k, v = random_qkv(2, num_new, num_old + num_new, dtype)
     q = q / 2  # scores as in a long context: many keys count
     shape = CacheShape(num_layers=1, num_kv_heads=HEADS, head_dim=DIM, dtype=dtype)
     parts = (k[:, :num_old], v[:, :num_old], k[:, num_old:], v[:, num_old:])
-    caches = [full_cache(tier, capacity=400, slack=70, windows=[window], shape=shape) for tier in "hd"]
+    caches = [full_cache(where, capacity=400, slack=70, windows=[window], shape=shape) for where in (tier, "d")]
     with closing(caches[0]), closing(caches[1]):
         (streamed, seen), (resident, whole) = (forward_over(cache, q, *parts, window) for cache in caches)
     assert len(seen) > 2 and len(whole) == 1

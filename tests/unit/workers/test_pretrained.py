@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import sys
 import time
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -115,11 +117,34 @@ def test_a_damaged_configuration_is_refused(folder, text):
     assert message.startswith("model.target is ") and str(folder) in message
 
 
-def test_a_hub_id_is_refused_at_once_where_there_is_no_network():
+@pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers", "head_dim"])
+def test_a_model_of_no_size_is_refused(folder, name):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"head_dim": None} | {name: 0}))
+    message = message_of(facts_of, folder)
+    assert message.startswith("model.target is ") and str(folder) in message
+
+
+@pytest.mark.parametrize("is_set_offline", [True, False])
+def test_a_hub_id_is_refused_at_once_where_there_is_no_network(monkeypatch, is_set_offline):
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_set_offline)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setattr(pretrained, "getproxies", dict)
     began = time.monotonic()
     message = message_of(describe, "model.target", "tierforce-nobody/no-such-model", torch.float32)
     assert time.monotonic() - began < 5
     assert "model.target is 'tierforce-nobody/no-such-model'" in message and "hub id" in message
+    assert constants.HF_HUB_OFFLINE
+
+
+def test_a_hub_that_answers_is_asked(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{hub.getsockname()[1]}")
+        monkeypatch.setattr(pretrained, "getproxies", dict)
+        pretrained._go_offline_without_network()
+        assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 def test_a_folder_without_a_tokenizer_is_refused(folder):
