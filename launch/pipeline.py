@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import torch.distributed as dist
 
-from conf.schema import ConfigError, RunConfig, to_plain
+from conf.schema import RunConfig, to_plain
 from launch.engine import Prepared, make_hierarchy, make_session, plan_input_for, with_budget_in_context
 from launch.guard import ENDPOINTS
 from launch.rendezvous import publish_endpoints
@@ -115,16 +115,15 @@ class RemoteEngine:
         return dict(zip(present, (reply.result.value for reply in replies), strict=True))
 
     def memory_report(self) -> dict[str, Any]:
-        """Sums over all processes for each tier, and what each process has."""
+        """Sums over all processes, for each tier."""
         reports = self.reports()
-        tiers = {
+        return {
             tier: {
                 "planned_bytes": sum(plan.totals[tier] for plan in self._plans.values()),
                 "peak_bytes": sum(report["peak_bytes"][tier] for report in reports.values()),
             }
             for tier in ("device", "host", "disk")
         }
-        return tiers
 
     def processes_report(self) -> list[dict[str, Any]]:
         """What each process is, and has."""
@@ -340,12 +339,3 @@ class _Planner:
 
     def _inputs(self, prepared: Prepared, free: FreeBytes):
         return plan_input_for(self._config, prepared, **self._sizes, free=free)
-
-
-def check_devices(config: RunConfig) -> None:
-    """What several processes cannot have. Raises ConfigError."""
-    if config.placement.device.startswith("cuda:"):
-        raise ConfigError(
-            f"placement.device is {config.placement.device!r}; with several processes it must be auto, cpu or cuda: "
-            "each rank gets its own"
-        )

@@ -87,7 +87,7 @@ class Roles:
 
     def __init__(self, config: RunConfig, assignment: Assignment):
         self._config, self._assignment = config, assignment
-        self._device = torch.device(assignment.device)
+        self.device = torch.device(assignment.device)
         self._group: dist.ProcessGroup | None = None
         self._arena: SharedArena | None = None
         self._weights: SharedWeights | None = None
@@ -95,8 +95,8 @@ class Roles:
         self.is_first_shard = assignment.shard_rank == 0
         self.roles: dict[str, Any] = {}
         self.shared: dict[str, Any] = {}
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         else:
             torch.set_num_threads(assignment.num_threads)
         dtype = getattr(torch, assignment.dtype)
@@ -105,13 +105,14 @@ class Roles:
         self._builder = RoleBuilder(
             config,
             self._whole.sharded(self._shard),
-            self._device,
+            self.device,
             assignment.plan,
             seed=assignment.seed,
             max_new_tokens=assignment.max_new_tokens,
             in_threads=True,
         )
         self._make(dtype)
+        self._finish_queued()
         self.notes = self._builder.notes
 
     def _make(self, dtype: torch.dtype) -> None:
@@ -131,6 +132,11 @@ class Roles:
                 facts = describe("model.drafter", self._config.model.drafter, dtype)
             self.roles[DRAFTER_ROLE] = builder.drafter(facts, self._whole.config.get_text_config().vocab_size)
 
+    def _finish_queued(self) -> None:
+        """What this thread queued on the device: the roles, on streams of their own, do not wait for it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def _load_target(self) -> CausalModel:
         if self._assignment.weights is not None:
             return self._builder.take_target(self._assignment.weights)
@@ -148,10 +154,10 @@ class Roles:
         timeout = timedelta(seconds=assignment.stall_timeout_s)
         host, port = assignment.store
         store = dist.PrefixStore(assignment.group, dist.TCPStore(host, port, is_master=False, timeout=timeout))
-        if self._device.type == "cpu" and assignment.same_host and has_ordered_stores():
+        if self.device.type == "cpu" and assignment.same_host and has_ordered_stores():
             ways = {role: self._shared_memory_sum(store, role) for role in sorted(assignment.roles) if role in SHARDED}
         else:
-            backend = "nccl" if self._device.type == "cuda" else "gloo"
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(
                 backend, store=store, rank=self._shard.rank, world_size=self._shard.size, timeout=timeout
             )
@@ -175,7 +181,7 @@ class Roles:
         if self._assignment.update_path == "carried":
             return ReceivingRetriever(builder.retriever(target, make_model=RetrievalModel), Carried())
         planned = self._assignment.plan.device_bytes
-        self._arena = SharedArena(sum(planned[name] for name in RETRIEVAL_PARTS if name in planned), self._device)
+        self._arena = SharedArena(sum(planned[name] for name in RETRIEVAL_PARTS if name in planned), self.device)
         retriever = builder.retriever(target, self._arena, SharedRetrievalModel)
         self.shared[RETRIEVAL_CACHE] = self._arena.description()
         return ReceivingRetriever(retriever, FromItsMemory())
@@ -194,11 +200,12 @@ class Roles:
         """The retriever's memory is there: from now on updates are written to it."""
         part = AttachedPart(shared[RETRIEVAL_CACHE], self._heads().kv.start)
         cache = self._builder.retrieval_cache(part)
-        self.roles[VERIFIER_ROLE].publisher = IntoItsMemory(cache, self._device, writes=self._is_owner())
+        self._finish_queued()
+        self.roles[VERIFIER_ROLE].publisher = IntoItsMemory(cache, writes=self._is_owner())
 
     def report(self) -> dict[str, Any]:
         peaks = self._builder.peak_bytes()
-        if self._arena is not None and self._device.type == "cpu":
+        if self._arena is not None and self.device.type == "cpu":
             peaks["device"] += self._arena.peak_bytes
         report: dict[str, Any] = {"peak_bytes": peaks, "planned_bytes": self._assignment.plan.totals}
         if VERIFIER_ROLE in self.roles:

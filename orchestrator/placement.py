@@ -52,6 +52,11 @@ def place(config: PlacementConfig, world_size: int) -> Placement:
     if kind is PlacementKind.inline:
         _require_ranks(world_size == 1, kind, world_size, "1 (or placement colocated or pipeline)")
         return Placement(kind=kind)
+    if config.device.startswith("cuda:"):
+        raise ConfigError(
+            f"placement.device is {config.device!r}; with placement={kind} it must be auto, cpu or cuda: every process "
+            "gets a device of its own where there are enough"
+        )
     if kind is PlacementKind.colocated:
         ranks = tuple(range(world_size))
         return Placement(kind=kind, verifier_ranks=ranks, retriever_ranks=ranks, drafter_rank=0)
@@ -105,6 +110,12 @@ def devices_for(placement: Placement, seats: Mapping[int, Seat], wanted: str) ->
         if not count and wanted not in ("auto", "cpu"):
             raise ConfigError(f"placement.device is {wanted!r}; node {node} has no CUDA device: use cpu or auto")
         devices |= _devices_of_node(placement, ranks, count)
+    if len({devices[rank] == "cpu" for rank in placement.verifier_ranks}) > 1:
+        nodes = sorted({seats[rank].node for rank in placement.verifier_ranks if devices[rank] == "cpu"})
+        raise ConfigError(
+            f"placement.device is {wanted!r}; it must be cpu where, of the nodes with a verifier's ranks, node "
+            f"{nodes[0]} has no CUDA device and another has: the ranks compute on devices of one kind"
+        )
     return devices
 
 
