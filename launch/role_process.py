@@ -240,7 +240,8 @@ def survey(device: str, disk_folder: str) -> dict[str, int]:
 
 
 def _log_to(path: Path) -> None:
-    """All that this process and its libraries print; the terminal is the orchestrator's."""
+    """All that this process and its libraries print; the terminal is the orchestrator's. Lines of ours name rank and
+    role, as the file does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):

@@ -154,11 +154,14 @@ class Worker:
 
     def _build_roles(self, request: Build) -> Built:
         self._end_roles()
+        began = time.monotonic()
         role_set = self._role_set = self._build(request.config, request.assignment)
         for name, role in role_set.roles.items():
             line = self._connect  # in its thread: a socket belongs to the one that made it
             stream = OwnStream(role_set.device)
             self._threads[name] = _RoleThread(name, role, line, stream, strips_probs=not role_set.is_first_shard)
+        roles = ", ".join(role_set.roles) or "no role"
+        logger.info("%s on %s, built in %.1f s", roles, role_set.device, time.monotonic() - began)
         return Built(role_set.notes, role_set.shared)
 
     def _end_roles(self) -> None:
@@ -170,6 +173,7 @@ class Worker:
         if self._role_set is not None:
             self._role_set.close()
             self._role_set = None
+            logger.info("ended")
 
     # ---- The heartbeat. ----
 
@@ -178,6 +182,7 @@ class Worker:
         while True:
             message = line.receive(BEAT_SECONDS)
             if isinstance(message, DumpStacks):
+                logger.warning("the run cannot go on; what this process is at:")
                 faulthandler.dump_traceback(all_threads=True)
             elif isinstance(message, Close):
                 if message.at_once:

@@ -56,8 +56,23 @@ def result_of(company, config: RunConfig, prompt: list[int], num_tokens: int, se
         "streaming": engine.streaming_report(),
         "memory": engine.memory_report(),
         "processes": engine.processes_report(),
-        "pids": {rank: member.pid for rank, member in company.crew.members.items()},
+        "memory_of": {rank: memory_of(member.pid) for rank, member in company.crew.members.items()},
     }
+
+
+def memory_of(pid: int) -> dict[str, int]:
+    """Bytes of a process: of its shared arenas what it has in memory (rss) and its part of that (pss); its own."""
+    shared = {"Rss": 0, "Pss": 0}
+    is_shared = False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        key, _, rest = line.partition(":")
+        if "-" in key:
+            is_shared = "/memfd:tierforce" in line
+        elif is_shared and key in shared:
+            shared[key] += int(rest.split()[0]) << 10
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    own = next(line for line in rollup.splitlines() if line.startswith("Anonymous:"))
+    return {"shared_rss": shared["Rss"], "shared_pss": shared["Pss"], "own": int(own.split()[1]) << 10}
 
 
 if __name__ == "__main__":
