@@ -25,7 +25,7 @@ from launch.roles import disk_folder
 from launch.sizing import FreeBytes
 from orchestrator.crew import PROCESS, Crew, RunFailedError, TimeLimits
 from orchestrator.hierarchy import Hierarchy
-from orchestrator.placement import VERIFIER_ROLE, Placement, Seat, devices_for
+from orchestrator.placement import VERIFIER_ROLE, Placement, Seat, devices_for, sharing_notes
 from orchestrator.remote_roles import RemoteDrafter, RemoteRetriever, RemoteVerifier
 from tiers.plan import MemoryPlan, drafter_plan, make_plan, retriever_plan, without_retrieval_cache
 from workers.channel import Endpoints, Hub
@@ -171,6 +171,7 @@ def build_remote(
     sizes = {"max_tokens": len(prompt_ids) + max_new_tokens, "max_new_tokens": max_new_tokens}
     plans = _Planner(config, prepared, placement, seats, devices, free, sizes).plans()
     notes.append(plans[placement.verifier_ranks[0]].reason)
+    notes += sharing_notes(placement, seats, devices, [rank for rank in free if free[rank]["has_mps"]])
     notes += [
         f"rank {rank} on {devices[rank]}: {', '.join(placement.roles_of(rank))}" for rank in placement.worker_ranks
     ]

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from conf.schema import RunConfig
+from launch import mps
 from launch.guard import ENDPOINTS, PIPE, same_host
 from launch.rendezvous import wait_for_endpoints
 from launch.roles import RoleBuilder
@@ -230,12 +231,13 @@ def build(config: dict[str, Any], assignment: dict[str, Any]) -> Roles:
 
 
 def survey(device: str, disk_folder: str) -> dict[str, int]:
-    """Free bytes of each tier, as this process sees them."""
+    """Free bytes of each tier, as this process sees them, and whether it is a client of MPS."""
     folder = Path(disk_folder)
     return {
         "device": device_free_bytes(torch.device(device)),
         "host": host_free_bytes(),
         "disk": disk_free_bytes(folder),
+        "has_mps": mps.is_available(os.environ),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from conf.schema import ConfigError, PlacementConfig, PlacementKind
@@ -135,3 +135,26 @@ def _devices_of_node(placement: Placement, ranks: list[int], count: int) -> dict
         if rank in ranks and rank not in devices:
             devices[rank] = f"cuda:{free.pop(0) if free else shared}"
     return devices
+
+
+def sharing_notes(
+    placement: Placement, seats: Mapping[int, Seat], devices: Mapping[int, str], with_mps: Collection[int]
+) -> list[str]:
+    """What the user should know of GPUs that several processes share; `with_mps` are the ranks that may use MPS."""
+    by_device: dict[tuple[int, str], list[int]] = {}
+    for rank in placement.worker_ranks:
+        if devices[rank] != "cpu":
+            by_device.setdefault((seats[rank].node, devices[rank]), []).append(rank)
+    notes = []
+    for (node, device), ranks in by_device.items():
+        if len(ranks) == 1:
+            continue
+        who = f"ranks {', '.join(map(str, ranks))} share {device} of node {node}"
+        if set(ranks) <= set(with_mps):
+            notes.append(f"{who} by MPS: they compute side by side")
+        else:
+            notes.append(
+                f"{who} without MPS: they take turns, and drafting does not overlap verification. It does with "
+                "nvidia-cuda-mps-control in the PATH, with more GPUs, or in one process: placement=colocated"
+            )
+    return notes

@@ -111,7 +111,7 @@ def respond(role: Any, request: Request) -> Result:
 class Worker:
     """`connect(line)` opens a Line of that name; `build(config, assignment)` makes a RoleSet.
 
-    `survey(device, disk folder)` tells the free bytes of each tier.
+    `survey(device, disk folder)` tells the free bytes of each tier, and what else the orchestrator wants to know.
     """
 
     def __init__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from conf.schema import ConfigError, PlacementConfig, PlacementKind
-from orchestrator.placement import DRAFTER_ROLE, RETRIEVER_ROLE, VERIFIER_ROLE, Seat, devices_for, place
+from orchestrator.placement import DRAFTER_ROLE, RETRIEVER_ROLE, VERIFIER_ROLE, Seat, devices_for, place, sharing_notes
 
 AUTO, COLOCATED, PIPELINE = PlacementKind.auto, PlacementKind.colocated, PlacementKind.pipeline
 
@@ -111,3 +111,21 @@ def test_a_drafter_may_be_on_a_node_of_its_own():
 def test_verifiers_need_devices_of_one_kind_and_their_own(found, wanted, named):
     with pytest.raises(ConfigError, match=named):
         devices_for(place(PlacementConfig(kind=PIPELINE), 5), found, wanted)
+
+
+def test_processes_that_share_a_gpu_are_told_how():
+    placement = place(PlacementConfig(kind=PIPELINE), 5)
+    found = seats(5, num_devices=3)
+    devices = devices_for(placement, found, "auto")
+    (by_turns,) = sharing_notes(placement, found, devices, with_mps=[1])
+    assert by_turns.startswith("ranks 1, 2 share cuda:2 of node 0 without MPS: they take turns")
+    assert sharing_notes(placement, found, devices, with_mps=[1, 2, 3]) == [
+        "ranks 1, 2 share cuda:2 of node 0 by MPS: they compute side by side"
+    ]
+
+
+def test_processes_with_a_gpu_each_or_none_need_no_note():
+    placement = place(PlacementConfig(kind=PIPELINE), 5)
+    for num_devices in (0, 4):
+        found = seats(5, num_devices)
+        assert sharing_notes(placement, found, devices_for(placement, found, "auto"), with_mps=[]) == []
