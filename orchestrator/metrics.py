@@ -85,7 +85,7 @@ class Metrics:
         self.levels = [LevelCounts(name) for name, is_used in used if is_used]
         self._uses_drafter, self._uses_retrieval = uses_drafter, uses_retrieval
         self.ahead: AheadCounts | None = None
-        self.num_tokens = self.verifications = self.rebuilds = 0
+        self.num_tokens = self.verifications = self.rebuilds = self.num_inner_steps = 0
         self.prefill_s: float | None = None
         self.ttft_s: float | None = None
         self.decode_s = 0.0
@@ -101,6 +101,7 @@ class Metrics:
             return
         self.verifications += 1
         self.rebuilds += round_.rebuilt
+        self.num_inner_steps += len(round_.inner_steps)
         self.decode_s += seconds
         self._token_seconds += [seconds / len(round_.tokens)] * len(round_.tokens)
         for phase, spent in round_.seconds.items():
