@@ -11,7 +11,8 @@ import pytest
 from conf.schema import ChunkRule, Coupling, Mode, Overlap, PlacementKind, SamplingConfig
 from tests.multiprocess.torchrun import Case, run_many
 from tests.tiny_models import greedy_tokens, random_prompt
-from tests.tiny_runs import DEVICE, DISK, HOST, generate, tiny_run
+from tests.tiny_runs import DEVICE, DISK, HOST, engine_for, generate, tiny_run
+from workers.messages import Draft
 
 NUM_TOKENS, PROMPT = 16, random_prompt(150)
 GREEDY = SamplingConfig(temperature=0.0)
@@ -20,6 +21,7 @@ MAXIMAL = SamplingConfig(temperature=1.0, top_p=0.9)
 UNEVEN = {"hidden_size": 80, "num_attention_heads": 10, "num_key_value_heads": 5}
 """On 2 ranks 3 and 2 kv heads, on 4 ranks 2 and three times 1."""
 FOUR_KV_HEADS = {"num_key_value_heads": 4}
+OVERLAPPED = ("greedy_ahead", "greedy_outcomes", "gumbel_ahead", "gumbel_streaming", "gumbel_outcomes")
 FLAT = 1.5
 """Of the logits' spread: so that a level below is neither always right nor never."""
 
@@ -40,7 +42,8 @@ def cases(checkpoints) -> dict[str, Case]:
         "maximal_retrieval": tiny_run(target, "none", Mode.retrieval, sampling=MAXIMAL, tier=HOST),
         "greedy_ahead": overlapped(tiny_run(target, target, tier=HOST), Overlap.ahead),
         "greedy_outcomes": overlapped(tiny_run(target, target, Mode.retrieval), Overlap.outcomes),
-        "gumbel_ahead": overlapped(tiny_run(target, target, Mode.streaming, sampling=GUMBEL), Overlap.ahead),
+        "gumbel_ahead": overlapped(tiny_run(target, target, sampling=GUMBEL), Overlap.ahead),
+        "gumbel_streaming": overlapped(tiny_run(target, target, Mode.streaming, sampling=GUMBEL), Overlap.outcomes),
         "gumbel_outcomes": overlapped(tiny_run(target, target, sampling=GUMBEL, tier=DISK), Overlap.outcomes),
     }
     return {name: Case(config=config, prompt=PROMPT, num_tokens=NUM_TOKENS, seed=3) for name, config in configs.items()}
@@ -86,7 +89,22 @@ def test_tokens_are_those_of_one_process(tmp_path, cases, wanted, kind, num_proc
     assert 0 < results["maximal"]["num_accepted"] < results["maximal"]["num_proposed"]
 
 
-@pytest.mark.parametrize("name", ["greedy_ahead", "greedy_outcomes", "gumbel_ahead", "gumbel_outcomes"])
+@pytest.mark.parametrize("name", OVERLAPPED)
 def test_drafting_ahead_in_one_process_changes_no_token(cases, wanted, name):
     case = cases[name]
     assert generate(case.config, case.prompt, case.num_tokens, case.seed).tokens == wanted[name]
+
+
+@pytest.mark.parametrize("mode", [Mode.streaming, Mode.retrieval, Mode.triforce])
+@pytest.mark.parametrize("overlap", list(Overlap))
+def test_who_drafts_for_the_target_names_runners_up_where_they_are_wanted(checkpoints, overlap, mode):
+    target = str(checkpoints("llama"))
+    with engine_for(overlapped(tiny_run(target, target, mode), overlap), PROMPT, NUM_TOKENS) as engine:
+        hierarchy = engine.hierarchy
+        hierarchy.start()
+        hierarchy.round()
+        last = hierarchy.drafter if hierarchy.retriever is None else None
+        draft = hierarchy.retriever.extend([], Draft()).draft if last is None else last.propose([], 2)
+        assert bool(draft.runners_up) == (overlap is Overlap.outcomes)
+        if hierarchy.drafter is not None and hierarchy.retriever is not None:
+            assert not hierarchy.drafter.propose([], 2).runners_up
