@@ -35,7 +35,7 @@ from workers.model import CausalModel, RetrievalModel, SharedRetrievalModel
 from workers.pretrained import describe
 from workers.shard import WHOLE, Shard, own_heads
 from workers.shared_weights import SharedWeights
-from workers.tensor_parallel import AllReduce
+from workers.tensor_parallel import AllReduce, pooled_scores
 from workers.update_path import (
     Carried,
     Carrying,
@@ -147,7 +147,10 @@ class Roles:
                 self._weights = SharedWeights(target)
                 self.shared[WEIGHTS] = self._weights.description()
             return target
-        return self._builder.load_target(all_reduce=self._all_reduce())
+        all_reduce, shape = self._all_reduce(), self._whole.cache_shape
+        if self._shard.size > shape.num_kv_heads:
+            self._builder.pool_scores = partial(pooled_scores, all_reduce, self._heads(), shape.num_kv_heads)
+        return self._builder.load_target(all_reduce=all_reduce)
 
     def _all_reduce(self) -> AllReduce:
         """NCCL between GPUs; between processors of one machine shared memory, else gloo. Each role has its own."""

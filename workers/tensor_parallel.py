@@ -41,6 +41,18 @@ class AllReduce(Protocol):
         """In place; afterwards every rank has the same bits."""
 
 
+def pooled_scores(all_reduce: AllReduce, heads: Heads, num_kv_heads: int, scores: torch.Tensor) -> torch.Tensor:
+    """See tiers.chunk_index.Pool: each score is a mean over this rank's query heads, of which ranks may have more and
+    fewer. All ranks call it in the same order, and those that share a kv head get the same bits."""
+    num_own = heads.query.stop - heads.query.start
+    sums = scores.new_zeros(num_kv_heads, scores.shape[1] + 1)
+    sums[heads.kv, :-1] = scores * num_own
+    sums[heads.kv, -1] = num_own
+    all_reduce.all_reduce(sums)
+    own = sums[heads.kv]
+    return own[:, :-1] / own[:, -1:]
+
+
 @dataclass(frozen=True, slots=True)
 class Cut:
     """The part of a parameter that a rank has: ranges along one dimension."""

@@ -29,14 +29,15 @@ FLAT = 1.5
 @pytest.fixture(scope="module")
 def cases(checkpoints) -> dict[str, Case]:
     target, other = checkpoints("llama", logit_spread=FLAT, **FOUR_KV_HEADS), checkpoints("llama", seed=1)
-    uneven, shared = checkpoints("llama", **UNEVEN), checkpoints("llama")
+    uneven, shared = checkpoints("llama", **UNEVEN), checkpoints("llama", logit_spread=FLAT)
     # A drafter that is the target itself is right where its window suffices.
     configs = {
         "greedy": tiny_run(target, target),
         "greedy_host": tiny_run(target, other, tier=HOST, rebuild="2"),
         "greedy_disk": tiny_run(target, target, tier=DISK, rule=ChunkRule.mean_key, rebuild="2"),
         "greedy_uneven_heads": tiny_run(uneven, uneven, tier=HOST, summary_tokens=0),
-        "gumbel_shared_heads": tiny_run(shared, shared, sampling=GUMBEL),
+        "maximal_shared_heads": tiny_run(shared, shared, sampling=MAXIMAL),
+        "maximal_shared_keys": tiny_run(shared, shared, sampling=MAXIMAL, rule=ChunkRule.mean_key, rebuild="2"),
         "gumbel_lookup": tiny_run(target, "lookup", Mode.streaming, sampling=GUMBEL),
         "maximal": tiny_run(target, target, sampling=MAXIMAL),
         "maximal_retrieval": tiny_run(target, "none", Mode.retrieval, sampling=MAXIMAL, tier=HOST),
