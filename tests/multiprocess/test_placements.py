@@ -21,6 +21,7 @@ MAXIMAL = SamplingConfig(temperature=1.0, top_p=0.9)
 UNEVEN = {"hidden_size": 80, "num_attention_heads": 10, "num_key_value_heads": 5}
 """On 2 ranks 3 and 2 kv heads, on 4 ranks 2 and three times 1."""
 FOUR_KV_HEADS = {"num_key_value_heads": 4}
+OF_SEVERAL_RANKS = ("greedy_uneven_heads", "maximal_shared_heads", "maximal_shared_keys")
 OVERLAPPED = ("greedy_ahead", "greedy_outcomes", "gumbel_ahead", "gumbel_streaming", "gumbel_outcomes")
 FLAT = 1.5
 """Of the logits' spread: so that a level below is neither always right nor never."""
@@ -80,8 +81,10 @@ def of_transformers(target: str) -> list[int]:
     ids=["colocated-1", "colocated-2", "colocated-4", "pipeline-1", "pipeline-2"],
 )
 def test_tokens_are_those_of_one_process(tmp_path, cases, wanted, kind, num_processes):
+    several_verify = num_processes > (1 if kind is PlacementKind.colocated else 4)
+    cases = {name: case for name, case in cases.items() if several_verify or name not in OF_SEVERAL_RANKS}
     results = run_many(tmp_path, kind, num_processes, cases)
-    assert {name: result["tokens"] for name, result in results.items()} == wanted
+    assert {name: result["tokens"] for name, result in results.items()} == {name: wanted[name] for name in cases}
     for name, case in cases.items():
         result = results[name]
         if name.startswith("greedy"):
