@@ -11,8 +11,7 @@ import pytest
 from conf.schema import ChunkRule, Coupling, Mode, Overlap, PlacementKind, SamplingConfig
 from tests.multiprocess.torchrun import Case, run_many
 from tests.tiny_models import greedy_tokens, random_prompt
-from tests.tiny_runs import DEVICE, DISK, HOST, engine_for, generate, tiny_run
-from workers.messages import Draft
+from tests.tiny_runs import DEVICE, DISK, HOST, generate, tiny_run
 
 NUM_TOKENS, PROMPT = 16, random_prompt(150)
 GREEDY = SamplingConfig(temperature=0.0)
@@ -97,18 +96,3 @@ def test_tokens_are_those_of_one_process(tmp_path, cases, wanted, kind, num_proc
 def test_drafting_ahead_in_one_process_changes_no_token(cases, wanted, name):
     case = cases[name]
     assert generate(case.config, case.prompt, case.num_tokens, case.seed).tokens == wanted[name]
-
-
-@pytest.mark.parametrize("mode", [Mode.streaming, Mode.retrieval, Mode.triforce])
-@pytest.mark.parametrize("overlap", list(Overlap))
-def test_who_drafts_for_the_target_names_runners_up_where_they_are_wanted(checkpoints, overlap, mode):
-    target = str(checkpoints("llama"))
-    with engine_for(overlapped(tiny_run(target, target, mode), overlap), PROMPT, NUM_TOKENS) as engine:
-        hierarchy = engine.hierarchy
-        hierarchy.start()
-        hierarchy.round()
-        last = hierarchy.drafter if hierarchy.retriever is None else None
-        draft = hierarchy.retriever.extend([], Draft()).draft if last is None else last.propose([], 2)
-        assert bool(draft.runners_up) == (overlap is Overlap.outcomes)
-        if hierarchy.drafter is not None and hierarchy.retriever is not None:
-            assert not hierarchy.drafter.propose([], 2).runners_up
