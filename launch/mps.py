@@ -67,6 +67,8 @@ class Service:
         run = "-".join(self._environment.get(key, "") for key in ("TORCHELASTIC_RUN_ID", "MASTER_PORT"))
         self._folder = Path(tempfile.gettempdir(), f"tierforce-mps-{os.getuid()}-{run}")
         self._folder.mkdir(mode=0o700, exist_ok=True)
+        if self._folder.is_symlink() or self._folder.stat().st_uid != os.getuid():
+            return {}  # somebody else's trap
         wanted = {PIPE_FOLDER: str(self._folder), LOG_FOLDER: str(self._folder)}
         self._lock = (self._folder / "lock").open("w")
         try:
@@ -74,6 +76,7 @@ class Service:
         except BlockingIOError:
             pass  # another guard starts it
         else:
+            (self._folder / "control").unlink(missing_ok=True)  # of a run that was killed
             self._start(wanted)
         return wanted if self._is_up(wanted) else {}
 

@@ -54,6 +54,24 @@ def test_the_first_guard_starts_it_and_all_are_clients(environment, tmp_path):
     assert first._daemon.returncode is not None
 
 
+def test_what_a_killed_run_left_is_not_taken_for_a_daemon(environment, tmp_path, monkeypatch):
+    monkeypatch.setattr(mps, "START_SECONDS", 0.3)
+    earlier, later = Service(environment), Service(environment)
+    folder = Path(earlier.join()[PIPE_FOLDER])
+    earlier._daemon.kill()
+    earlier._lock.close()
+    assert (folder / "control").exists()
+    install(tmp_path, "exit 1")
+    assert later.join() == {}
+    later.close()
+
+
+def test_a_folder_of_somebody_else_is_not_used(environment, tmp_path, monkeypatch):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / f"tierforce-mps-{mps.os.getuid()}--1").symlink_to(tmp_path / "theirs")
+    assert Service(environment).join() == {} and num_starts(tmp_path) == 0
+
+
 def test_two_runs_have_one_each(environment, tmp_path):
     first, second = Service(environment), Service(environment | {"MASTER_PORT": "2"})
     assert first.join() != second.join() and num_starts(tmp_path) == 2
