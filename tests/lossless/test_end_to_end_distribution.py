@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from conf.schema import Coupling, Mode, RunConfig, SamplingConfig
-from launch import engine
+from launch import roles
 from tests.lossless.test_distribution import chi_square_p_value
 from tests.tiny_models import random_prompt
 from tests.tiny_runs import CHUNK, DEVICE, HOST, engine_for, next_session, tiny_run
@@ -54,7 +54,7 @@ class ReseededRandom(KeyedRandom):
 @pytest.fixture
 def random(monkeypatch):
     random = ReseededRandom()
-    monkeypatch.setattr(engine, "KeyedRandom", lambda seed: random)
+    monkeypatch.setattr(roles, "KeyedRandom", lambda seed: random)
     return random
 
 

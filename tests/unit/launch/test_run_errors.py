@@ -209,6 +209,7 @@ def test_a_refused_configuration_leaves_no_folder(engines):
 )
 def test_a_number_of_processes_that_does_not_suit_is_refused(engines, capfd, monkeypatch, world_size, argv, named):
     monkeypatch.setenv("WORLD_SIZE", world_size)
+    monkeypatch.setenv("RANK", "0")
     assert run.main(argv) == 2
     err = capfd.readouterr().err
     assert err.count("\n") == 1 and all(part in err for part in named), err
