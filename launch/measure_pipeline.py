@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conf.schema import ConfigError, Coupling, Overlap, PlacementKind, RunConfig
+from conf.schema import ConfigError, Coupling, Overlap, PlacementKind, RunConfig, require
 from launch import run
 from launch.overrides import read_config
 from orchestrator.metrics import Metrics
@@ -95,6 +95,10 @@ def verification(build: Build, overrides: list[str]) -> Iterator[str]:
 
 def overlap(build: Build, overrides: list[str]) -> Iterator[str]:
     """See `verification`. A step drafts γ1 tokens and has them verified by the retrieval draft."""
+    config = read_config(overrides)
+    require(
+        config.uses_retrieval, "decoding.mode", str(config.decoding.mode), "triforce or retrieval, which draft in steps"
+    )
     yield (
         "| coupling | link | a verification / a step | accepted | off | ahead: TBT, gain, hits "
         "| outcomes: TBT, gain, hits |"

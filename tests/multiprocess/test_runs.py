@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conf.schema import PlacementKind
-from tests.multiprocess.torchrun import RUN, Case, on_two_nodes, run_arguments, run_many, torchrun
+from tests.multiprocess.torchrun import ROOT, RUN, Case, on_two_nodes, run_arguments, run_many, torchrun
 from tests.tiny_models import greedy_tokens, random_prompt
 from tests.tiny_runs import HOST, tiny_run
 
@@ -112,3 +112,10 @@ def test_retriever_and_verifier_have_weights_and_retrieval_cache_once(tmp_path, 
     assert result["memory"]["device"]["planned_bytes"] == sum(
         process["planned_bytes"]["device"] for process in result["processes"]
     )
+
+
+@pytest.mark.slow
+def test_messages_are_timed(tmp_path):
+    done = torchrun(4, str(ROOT / "launch" / "measure_messages.py"))
+    rows = [line for line in done.output.splitlines() if line.startswith("| ") and " ms |" in line]
+    assert done.exit_code == 0 and len(rows) == 4, done.output

@@ -49,7 +49,15 @@ def test_what_overlap_brings_under_both_couplings(overrides, capsys):
         assert all(re.fullmatch(r"\d+\.\d ms, \d+\.\d\dx, \d+%", cell) for cell in row[5:])
 
 
-@pytest.mark.parametrize(("argv", "named"), [([], "''"), (["speed"], "'speed'"), (["overlap", "gamma=1"], "gamma")])
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ([], "''"),
+        (["speed"], "'speed'"),
+        (["overlap", "gamma=1"], "gamma"),
+        (["overlap", "decoding.mode=autoregressive"], "decoding.mode is 'autoregressive'; it must be triforce"),
+    ],
+)
 def test_bad_input_is_refused(argv, named, capsys):
     assert measure_pipeline.main(argv) == 2
     assert named in capsys.readouterr().err
