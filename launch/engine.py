@@ -130,6 +130,7 @@ class Engine:
     """What this process took before it loaded anything, and what the plan adds to its memory."""
     _builder: RoleBuilder
     _target: TargetModel
+    _background: InBackground | None = None
 
     def on_prefill_progress(self, callback) -> None:
         """`callback(done, total)`, in tokens through all layers, is called as the prompt is read."""
@@ -150,6 +151,8 @@ class Engine:
         return []
 
     def close(self) -> None:
+        if self._background is not None:
+            self._background.close()
         self._builder.close()
 
 
@@ -170,11 +173,12 @@ def build(config: RunConfig, prepared: Prepared, prompt_ids: list[int], max_new_
         builder = RoleBuilder(config, prepared.target, prepared.device, plan, on_locked=prepared.on_locked, **how)
         target = builder.load_target()
         verifier, target_model = builder.verifier(target)
+        background = InBackground(verifier, prepared.device) if config.overlaps else None
         hierarchy = make_hierarchy(
             config,
             make_session(config, prepared, prompt_ids, max_new_tokens),
             pace=pace,
-            verifier=verifier,
+            verifier=background or verifier,
             retriever=builder.retriever(target) if config.uses_retrieval else None,
             drafter=builder.drafter(prepared.drafter, target.vocab_size) if config.uses_drafter else None,
         )
@@ -187,6 +191,7 @@ def build(config: RunConfig, prepared: Prepared, prompt_ids: list[int], max_new_
         process_planned_bytes=process_planned_bytes,
         _builder=builder,
         _target=target_model,
+        _background=background,
     )
 
 
@@ -222,8 +227,6 @@ def make_pace(config: RunConfig, num_prompt_tokens: int) -> AdaptivePace | None:
 def make_hierarchy(config: RunConfig, session: Session, *, pace: AdaptivePace | None = None, **roles) -> Hierarchy:
     """`roles`: see Hierarchy; those of this process, or what stands for them."""
     rebuild = config.cache.retrieval.rebuild
-    if config.overlaps and not hasattr(roles["verifier"], "begin_verify"):
-        roles["verifier"] = InBackground(roles["verifier"])
     return Hierarchy(
         session=session,
         gamma1=config.decoding.most_gamma1,

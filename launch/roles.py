@@ -13,7 +13,7 @@ from conf.schema import ChunkRule, Overlap, RunConfig
 from launch.sizing import PIECE_TOKENS, retrieval_tail_tokens, streaming_slack
 from tiers.attention_mass import AttentionMass
 from tiers.base import BlockShape, CacheShape, Tier
-from tiers.chunk_index import ChunkIndex
+from tiers.chunk_index import ChunkIndex, Pool, not_pooled
 from tiers.context_summary import ContextSummary
 from tiers.device_tier import DeviceTier
 from tiers.disk_tier import DiskTier, best_num_readers
@@ -79,6 +79,8 @@ class RoleBuilder:
         self.full_cache: FullCache | None = None
         self.models: list[CausalModel] = []
         self.weight_bytes = 0
+        self.pool_scores: Pool = not_pooled
+        """Of chunks, over the ranks of a verifier; see tiers.chunk_index.Pool."""
 
     def close(self) -> None:
         if self.full_cache is not None:
@@ -222,7 +224,7 @@ class RoleBuilder:
         capacity, facts = self.plan.max_tokens + self.plan.slack_tokens, self.target_facts
         retrieval, shape, tier = self.config.cache.retrieval, facts.cache_shape, self.device_tier
         make_rule = ChunkIndex if retrieval.rule == ChunkRule.mean_key else AttentionMass
-        rule = make_rule(shape, capacity, retrieval.chunk_size, tier)
+        rule = make_rule(shape, capacity, retrieval.chunk_size, tier, self.pool_scores)
         summary = ahead = None
         if retrieval.summary_tokens:
             summary = ContextSummary(shape, capacity, retrieval.summary_tokens, tier)

@@ -147,6 +147,8 @@ class Crew:
         self._config = config
         for rank, assignment in assignments.items():
             self.members[rank].assignment = assignment
+            for role in self.members[rank].roles:
+                self.hub.forget(f"{rank}.{role}")  # of what it had built before
         calls = {rank: self.post(f"{rank}.{PROCESS}", self._build_request(rank)) for rank in assignments}
         built = {rank: self.wait(call, self.limits.start_s) for rank, call in calls.items()}
         began = self._clock()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from tiers.base import CacheShape
-from tiers.chunk_index import best_chunks
+from tiers.chunk_index import Pool, best_chunks, not_pooled
 from tiers.full_cache import FullCache
 
 DECAY = 0.5
@@ -20,8 +20,17 @@ DECAY = 0.5
 class AttentionMass:
     """A running mean of attention mass [H, chunks] for each layer; see tiers.chunk_index.ChunkRule."""
 
-    def __init__(self, shape: CacheShape, capacity: int, chunk_size: int, tier, decay: float = DECAY):
-        self.chunk_size, self._decay = chunk_size, decay
+    def __init__(
+        self,
+        shape: CacheShape,
+        capacity: int,
+        chunk_size: int,
+        tier,
+        pool: Pool = not_pooled,
+        *,
+        decay: float = DECAY,
+    ):
+        self.chunk_size, self._pool, self._decay = chunk_size, pool, decay
         num_chunks = -(-capacity // chunk_size)
         self._mass = tier.allocate(shape.num_layers, shape.num_kv_heads, num_chunks, dtype=torch.float32)
         self.reset()
@@ -48,5 +57,5 @@ class AttentionMass:
         self, layer: int, q: torch.Tensor | None, num_chunks: int, num_wanted: int, num_newest: int, oldest: int = 0
     ) -> torch.Tensor:
         """See tiers.chunk_index.ChunkRule; queries are not needed any more."""
-        scores = self._mass[layer, :, :num_chunks].clone()
+        scores = self._pool(self._mass[layer, :, :num_chunks].clone())
         return best_chunks(scores, num_wanted, num_newest, oldest // self.chunk_size)

@@ -6,6 +6,7 @@ heads of a group pooled, over the queries of all tokens of the last verification
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -14,6 +15,14 @@ from tiers.base import CacheShape
 from tiers.full_cache import FullCache
 
 READ_TOKENS = 1024  # read from the cache at once, so that what is needed on the device stays small
+
+
+Pool = Callable[[torch.Tensor], torch.Tensor]
+"""Of scores [H, chunks]: where other ranks have other query heads of the same kv heads, the mean over all of them."""
+
+
+def not_pooled(scores: torch.Tensor) -> torch.Tensor:
+    return scores
 
 
 class ChunkRule(Protocol):
@@ -46,8 +55,8 @@ class ChunkRule(Protocol):
 class ChunkIndex:
     """Mean keys [H, number of complete chunks, D] of each layer of a full cache; a ChunkRule."""
 
-    def __init__(self, shape: CacheShape, capacity: int, chunk_size: int, tier):
-        self.chunk_size = chunk_size
+    def __init__(self, shape: CacheShape, capacity: int, chunk_size: int, tier, pool: Pool = not_pooled):
+        self.chunk_size, self._pool = chunk_size, pool
         size = (shape.num_layers, shape.num_kv_heads, capacity // chunk_size, shape.head_dim)
         self._means = tier.allocate(*size, dtype=shape.dtype)
         self._num_layers = shape.num_layers
@@ -98,7 +107,7 @@ class ChunkIndex:
         q = q.flatten(1, 2)
         scores = torch.matmul(q.float(), means.float().transpose(1, 2)) * q.shape[-1] ** -0.5
         scores = torch.softmax(scores, dim=-1).mean(dim=1)
-        return best_chunks(scores, num_wanted, num_newest, oldest // self.chunk_size)
+        return best_chunks(self._pool(scores), num_wanted, num_newest, oldest // self.chunk_size)
 
 
 def best_chunks(scores: torch.Tensor, num_wanted: int, num_newest: int, num_old: int = 0) -> torch.Tensor:

@@ -41,6 +41,18 @@ class AllReduce(Protocol):
         """In place; afterwards every rank has the same bits."""
 
 
+def pooled_scores(all_reduce: AllReduce, heads: Heads, num_kv_heads: int, scores: torch.Tensor) -> torch.Tensor:
+    """See tiers.chunk_index.Pool: each score is a mean over this rank's query heads, of which ranks may have more and
+    fewer. All ranks call it in the same order, and those that share a kv head get the same bits."""
+    num_own = heads.query.stop - heads.query.start
+    sums = scores.new_zeros(num_kv_heads, scores.shape[1] + 1)
+    sums[heads.kv, :-1] = scores * num_own
+    sums[heads.kv, -1] = num_own
+    all_reduce.all_reduce(sums)
+    own = sums[heads.kv]
+    return own[:, :-1] / own[:, -1:]
+
+
 @dataclass(frozen=True, slots=True)
 class Cut:
     """The part of a parameter that a rank has: ranges along one dimension."""
@@ -90,7 +102,7 @@ def plan_sharding(model: nn.Module, shard: Shard) -> Sharding:
     attentions = {name: module for name, module in model.named_modules() if _is_attention(module)}
     if len(attentions) != config.num_hidden_layers:
         raise ConfigError(
-            f"placement.tensor_parallel is {shard.size}; it must be 1 for model type {config.model_type}, "
+            f"the number of verifier ranks is {shard.size}; it must be 1 for model type {config.model_type}, "
             f"in which {len(attentions)} of {config.num_hidden_layers} attention layers were found"
         )
     for name, module in model.named_modules():

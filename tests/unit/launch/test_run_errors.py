@@ -225,13 +225,21 @@ def test_a_refused_configuration_leaves_no_folder(engines):
     assert not list(Path().iterdir())
 
 
-def test_a_placement_that_does_not_suit_the_number_of_processes_is_refused(engines, capfd, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize(
+    ("world_size", "argv", "named"),
+    [
+        ("2", ["placement=inline"], ["WORLD_SIZE is 2", "placement=inline", "1 (or"]),
+        ("3", ["placement=pipeline"], ["WORLD_SIZE is 3", "4 or more", "a drafter, a retriever"]),
+        ("5", ["placement.drafter_rank=5"], ["placement.drafter_rank is 5", "between 1 and 4"]),
+        ("2", ["placement.device=cuda:1"], ["placement.device is 'cuda:1'", "auto, cpu or cuda"]),
+    ],
+)
+def test_a_number_of_processes_that_does_not_suit_is_refused(engines, capfd, monkeypatch, world_size, argv, named):
+    monkeypatch.setenv("WORLD_SIZE", world_size)
     monkeypatch.setenv("RANK", "0")
-    for kind, rule in (("inline", "it must be 1"), ("pipeline", "it must be 4 or more")):
-        assert run.main([f"placement={kind}"]) == 2
-        err = capfd.readouterr().err
-        assert err.count("\n") == 1 and "WORLD_SIZE is 2" in err and rule in err
+    assert run.main(argv) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and all(part in err for part in named), err
 
 
 def test_what_the_engine_refuses_is_a_message_too(engines, capfd):
