@@ -114,7 +114,7 @@ class FakeVerifier:
     def __init__(self, heads: slice):
         self._updates = iter(part_of(update, heads) for update in updates())
 
-    def retrieval_update(self, *, rebuild: bool) -> RetrievalUpdate:
+    def retrieval_update(self, *, rebuild: bool, budget: int | None = None) -> RetrievalUpdate:
         return next(self._updates)
 
 

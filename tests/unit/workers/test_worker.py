@@ -66,7 +66,7 @@ class FakeRole:
     def verify(self, draft):
         return Verdict(num_accepted=len(draft), next_token=1)
 
-    def retrieval_update(self, *, rebuild):
+    def retrieval_update(self, *, rebuild, budget=None):
         return UpdateNotice(is_rebuild=rebuild, length=3)
 
     def needs_rebuild(self):
