@@ -145,6 +145,7 @@ class RoleBuilder:
         cache = StreamingLLMCache(facts.cache_shape, streaming.sinks, streaming.window, slack, self.device_tier)
         self.weight_bytes += facts.num_weight_bytes
         model = load_model(facts, self.device, self_check=config.model.self_check)
+        self.models.append(model)
         return Drafter(StreamingModel(model, cache), self._coupling(LEVEL_DRAFTER), vocab_size)
 
     @property

@@ -4,14 +4,13 @@
     main              <rank>.process     build, attach shared memory, report, end
     one for a role    <rank>.<role>      what the orchestrator asks of the role, in order
     beat              <rank>.beat        heartbeats with progress; ends the process at once when told to, and when the
-                                         orchestrator is silent: a process that nobody directs must not live on
+                                         orchestrator is gone: a process that nobody directs must not live on
 
 The threads of one process share its weights. Only the main thread builds; a role is idle then.
 """
 
 from __future__ import annotations
 
-import faulthandler
 import hashlib
 import logging
 import os
@@ -32,7 +31,6 @@ from workers.messages import (
     Close,
     Commit,
     Draft,
-    DumpStacks,
     Extend,
     Failure,
     InnerStep,
@@ -56,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 0.5
 MAX_SILENCE_SECONDS = 5.0
-"""Of the orchestrator, ten times its pings."""
+"""Of the orchestrator on another host, ten times its pings."""
 NOBODY_DIRECTS = 4
 """The exit code of a process whose orchestrator is gone."""
 
@@ -72,10 +70,15 @@ class RoleSet(Protocol):
     is_first_shard: bool
     """Of several ranks that do the same, the one whose answers are used."""
 
-    def attach(self, shared: dict[str, Any]) -> None: ...
+    def attach(self, shared: dict[str, Any]) -> bool:
+        """False where that memory is gone with the process that had it."""
+
     def report(self) -> dict[str, Any]: ...
     def progress(self) -> tuple[int, int, int]:
         """(a count that grows while anything is computed, prefill's tokens done, of all)."""
+
+    def waits_for_others(self) -> bool:
+        """In a sum over ranks."""
 
     def close(self) -> None: ...
 
@@ -170,9 +173,7 @@ class Worker:
         line, pings = self._connect("beat"), self._make_pings()
         while True:
             message = line.receive(BEAT_SECONDS)
-            if isinstance(message, DumpStacks):
-                faulthandler.dump_traceback(all_threads=True)
-            elif isinstance(message, Close):
+            if isinstance(message, Close):
                 if message.at_once:
                     os._exit(0)
                 return line.close()
@@ -187,12 +188,8 @@ class Worker:
             # Loading weights is no count that could stand still: start_timeout_s watches it.
             return Beat(time.monotonic_ns(), busy)
         busy = " ".join([busy, *(thread.busy_with for thread in list(self._threads.values()) if thread.busy_with)])
-        return Beat(*_reordered(role_set.progress(), busy.strip()))
-
-
-def _reordered(progress: tuple[int, int, int], busy: str) -> tuple[int, str, int, int]:
-    count, done, total = progress
-    return count, busy, done, total
+        count, done, total = role_set.progress()
+        return Beat(count, busy.strip(), done, total, role_set.waits_for_others())
 
 
 class _RoleThread:

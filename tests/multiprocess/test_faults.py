@@ -1,0 +1,223 @@
+"""Death, stalls and broken numbers in the processes of a run: never a hang, never a wrong token, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.multiprocess import faults, forked_runs
+from tests.tiny_models import greedy_tokens, random_prompt
+
+NUM_TOKENS = 40
+PROMPT = random_prompt(60)
+STALL_S = 3.0
+QUICK = [f"placement.stall_timeout_s={STALL_S}", "placement.draft_timeout_s=1.5"]
+AUTOREGRESSIVE = ["decoding.mode=autoregressive"]
+DONE, FAILED, INTERRUPTED = 0, 1, 130
+
+
+@pytest.fixture(scope="module")
+def models(checkpoints):
+    return checkpoints("llama", 0), checkpoints("llama", 1, num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def expected(models) -> list[int]:
+    return greedy_tokens(models[0], PROMPT, NUM_TOKENS)
+
+
+@pytest.fixture
+def start(models, tmp_path):
+    """Starts a run; ends what is left of it, and checks that nothing is."""
+    runs = []
+
+    def start_run(prepare, *overrides: str, num_ranks: int = 5) -> forked_runs.ForkedRun:
+        target, drafter = models
+        prompt = tmp_path / "prompt.txt"
+        prompt.write_text(" ".join(f"t{token}" for token in PROMPT))
+        common = [
+            f"model.target={target}",
+            f"model.drafter={drafter}",
+            "model.dtype=float32",
+            "model.self_check=false",
+            f"prompt.path={prompt}",
+            f"generation.max_new_tokens={NUM_TOKENS}",
+            "generation.ignore_eos=true",
+            "sampling.temperature=0",
+            "cache.retrieval.budget=32",
+            "cache.streaming.window=40",
+            "placement=pipeline",
+            "placement.device=cpu",
+            "placement.threads=1",
+        ]
+        runs.append(forked_runs.start(tmp_path / f"run{len(runs)}", [*common, *overrides], num_ranks, prepare))
+        return runs[-1]
+
+    shared_before = set(os.listdir("/dev/shm"))
+    yield start_run
+    for run in runs:
+        try:
+            run.wait()
+            assert not run.living()
+            assert list((run.folder / "tmp").iterdir()) == []
+            assert not [name for name in set(os.listdir("/dev/shm")) - shared_before if "tierforce" in name]
+        finally:
+            run.end()
+
+
+def process(run: forked_runs.ForkedRun, rank: int) -> dict:
+    return next(one for one in run.result["processes"] if one["rank"] == rank)
+
+
+# ---- Drafter and retriever: the run goes on. ----
+
+
+def test_a_drafter_that_dies_or_hangs_costs_speed_only(start, expected):
+    run = start(faults.unlucky_drafter, *QUICK, num_ranks=4)
+    run.wait()
+    assert run.exit_codes == dict.fromkeys(range(4), DONE), run.report()
+    assert run.result["token_ids"] == expected
+    drafter = process(run, faults.PIPELINE_DRAFTER)
+    assert drafter["restarts"] == 3 and drafter["is_out_of_order"]
+    assert run.output.count("drafter is back") == 3
+    for reason in ("killed by signal 9", "Propose took more than 1.5 s", "the run goes on without it"):
+        assert reason in run.output
+    assert run.result["speculation"]["levels"][0]["proposed"] > 0
+
+
+def test_a_retriever_that_dies_or_hangs_costs_speed_only(start, expected):
+    run = start(faults.unlucky_retriever, *QUICK, num_ranks=4)
+    run.wait()
+    assert run.result["token_ids"] == expected, run.report()
+    retriever = process(run, faults.PIPELINE_RETRIEVER)
+    assert retriever["restarts"] == 3 and not retriever["is_out_of_order"]
+    assert "Extend took more than 1.5 s" in retriever["last_failure"]
+    assert "OSError: injected" in run.output
+    assert run.output.count("retriever is back") == 3
+
+
+def test_a_drafter_killed_while_idle_is_back_before_it_is_missed(start, expected):
+    run = start(faults.drafter_killed_while_idle, num_ranks=4)
+    run.wait()
+    assert run.result["token_ids"] == expected, run.report()
+    assert process(run, faults.PIPELINE_DRAFTER)["restarts"] == 1
+    assert "drafter is back" in run.output
+
+
+def test_drafts_outside_the_vocabulary_are_rejected(start, expected):
+    run = start(faults.drafts_of_nonsense, "decoding.mode=streaming", num_ranks=4)
+    run.wait()
+    assert run.result["token_ids"] == expected, run.report()
+    (level,) = run.result["speculation"]["levels"]
+    assert level["proposed"] > 0 and level["accepted"] == 0
+
+
+def test_logits_that_are_not_finite_draft_nothing_and_are_counted(start, expected):
+    run = start(faults.drafter_of_nan, num_ranks=4)
+    run.wait()
+    assert run.result["token_ids"] == expected, run.report()
+    drafter = process(run, faults.PIPELINE_DRAFTER)
+    assert drafter["failed_drafts"] > 0 and drafter["restarts"] == 0
+
+
+def test_broken_distributions_are_no_proposals(start):
+    """Then each token is drawn as without a drafter: from the target, with the same random number."""
+    sampled = ["sampling.temperature=1", "sampling.seed=5", "sampling.top_p=1"]
+    broken = start(faults.broken_distributions, "decoding.mode=streaming", *sampled, num_ranks=4)
+    alone = start(forked_runs.nothing, *AUTOREGRESSIVE, *sampled, num_ranks=4)
+    for run in (broken, alone):
+        run.wait()
+    assert broken.result["token_ids"] == alone.result["token_ids"], broken.report()
+    assert broken.result["speculation"]["levels"][0]["proposed"] > 0
+
+
+# ---- A rank of the verifier: the run ends. ----
+
+ROOT_CAUSES = [
+    (faults.first_verifier_killed, 3, "decode|prefill", "killed by signal 9"),
+    (faults.second_verifier_killed, 4, "decode|prefill", "killed by signal 9"),
+    (faults.second_verifier_stopped, 4, "decode|prefill", "no heartbeat for"),
+    (faults.first_verifier_stuck, 3, "decode", "no progress for"),
+    (faults.second_verifier_raises, 4, "decode", "OSError: injected"),
+    (faults.second_verifier_raises_while_loading, 4, "load", "OSError: injected"),
+]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "rank", "phases", "reason"), ROOT_CAUSES, ids=lambda case: getattr(case, "__name__", "")
+)
+def test_a_lost_verifier_ends_the_run_with_its_root_cause(start, prepare, rank, phases, reason):
+    run = start(prepare, *AUTOREGRESSIVE, *QUICK)
+    run.wait()
+    assert run.exit_codes[0] == FAILED, run.report()
+    (line,) = [line for line in run.errors if line]
+    assert any(
+        line.startswith(f"tierforce: failed in phase {phase}, role verifier, rank {rank}: ")
+        for phase in phases.split("|")
+    ), line
+    assert reason in line
+    for other in {3, 4} - ({rank} if "killed" in reason else set()):
+        assert "Current thread" in run.log_of(other) or "Thread 0x" in run.log_of(other), f"no stacks of rank {other}"
+
+
+def test_a_pause_within_the_deadline_does_not_matter(start, expected):
+    run = start(faults.verifier_paused, *AUTOREGRESSIVE, "placement.stall_timeout_s=20")
+    run.wait()
+    assert run.result["token_ids"] == expected, run.report()
+
+
+# ---- Signals. ----
+
+
+def test_a_killed_orchestrator_takes_all_along(start):
+    run = start(faults.slow_verifier)
+    run.wait_for_output("reading")
+    began = time.monotonic()
+    os.kill(run.pid_of(0), signal.SIGKILL)
+    forked_runs.wait_until(lambda: not run.living(), "end of all processes", run.report)
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_ends_the_run_in_good_order(start, expected, number):
+    run = start(faults.slow_verifier, *AUTOREGRESSIVE)
+    run.wait_for_output("reading")
+    forked_runs.wait_until((Path(run.folder) / "run" / "rounds.jsonl").read_text, "round", run.report)
+    os.kill(run.pid_of(0), number)
+    run.wait()
+    assert run.exit_codes[0] == INTERRUPTED, run.report()
+    assert run.errors == []
+    result = run.result
+    assert result["finish_reason"] == "interrupted"
+    assert 0 < len(result["token_ids"]) < NUM_TOKENS and result["token_ids"] == expected[: len(result["token_ids"])]
+    assert {one["rank"] for one in result["processes"]} == {1, 2, 3, 4}
+
+
+def test_a_guard_that_dies_is_the_root_cause_not_the_signal_that_follows(start):
+    run = start(faults.slow_verifier)
+    run.wait_for_output("reading")
+    os.kill(run.pid_of(faults.PIPELINE_DRAFTER), signal.SIGKILL)
+    run.wait()
+    assert run.exit_codes[0] == FAILED, run.report()
+    (line,) = run.errors
+    assert "role drafter, rank 1" in line and "its guard" in line
+
+
+def test_bad_configuration_is_said_once(start):
+    run = start(forked_runs.nothing, "decoding.gamma1=-1")
+    run.wait()
+    (line,) = run.errors
+    assert line.startswith("tierforce: decoding.gamma1 is -1")
+    assert run.exit_codes[0] == 2
+
+
+def test_a_bad_model_is_said_once(start, tmp_path):
+    run = start(forked_runs.nothing, f"model.target={tmp_path}")
+    run.wait()
+    (line,) = run.errors
+    assert line.startswith("tierforce: model.target is")
+    assert run.exit_codes[0] == 2
