@@ -54,6 +54,7 @@ class Company:
         self._hub = Hub(secrets.token_hex(16), self._host)
         self._guards: list[subprocess.Popen] = []
         self._store: dist.TCPStore | None = None
+        self._meeting_place: dist.Store | None = None
         limits = TimeLimits(
             start_s=config.placement.start_timeout_s,
             stall_s=config.placement.stall_timeout_s,
@@ -75,7 +76,7 @@ class Company:
                 subprocess.Popen([sys.executable, str(GUARD_PROGRAM)], env=environment, start_new_session=True)
             )
         if len(self.placement.worker_ranks) > len(self._guards):
-            publish_endpoints(self.endpoints, self._start_s)
+            self._meeting_place = publish_endpoints(self.endpoints, self._start_s)
 
     def _look_around(self) -> None:
         """torchrun looks after the guards of other ranks."""

@@ -13,9 +13,11 @@ from workers.channel import Endpoints
 KEY = "tierforce/endpoints"
 
 
-def publish_endpoints(endpoints: Endpoints, timeout_s: float) -> None:
-    """By the orchestrator. Raises torch's DistNetworkError, which names host and port, if there is no store."""
-    _store(timeout_s).set(_key(), msgspec.json.encode(endpoints))
+def publish_endpoints(endpoints: Endpoints, timeout_s: float) -> dist.Store:
+    """By the orchestrator, which keeps the store as long as others may come. Raises torch's DistNetworkError, which names host and port, if there is no store."""
+    store = _store(timeout_s)
+    store.set(_key(), msgspec.json.encode(endpoints))
+    return store
 
 
 def wait_for_endpoints(timeout_s: float) -> Endpoints:

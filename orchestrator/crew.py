@@ -102,6 +102,8 @@ class Member:
     is_lost: bool = False
     back_by: float | None = None
     """Of one that is lost: by then its restarted process must be there; None: it is not restarted any more."""
+    rebuilt: Result | None = None
+    """What its restarted process has built, until that can be asked."""
     lost_pid: int = 0
     num_restarts: int = 0
     why_lost: str = ""
@@ -293,11 +295,9 @@ class Crew:
         there = [rank for rank, member in self.members.items() if not member.is_lost]
         calls = {rank: self.post(f"{rank}.{PROCESS}", MakeReport()) for rank in there}
         pending = {rank: self._pending[call] for rank, call in calls.items()}
-        began = self._clock()
+        until = self._clock() + REPORT_SECONDS
         try:
-            while (
-                not all(item.answer is not None for item in pending.values()) and self._clock() - began < REPORT_SECONDS
-            ):
+            while any(item.answer is None for item in pending.values()) and self._clock() < until:
                 self.pump(TICK_SECONDS)
         except RunFailedError as error:
             self.note(f"no report of all processes: {error.role} (rank {error.rank}): {error}")
@@ -335,13 +335,24 @@ class Crew:
 
     def _greet(self, member: Member, peer: str, hello: Hello) -> None:
         member.pid, member.seat = hello.pid, Seat(node=hello.node, num_devices=hello.num_devices)
-        if member.back_by is not None and peer.endswith(f".{PROCESS}"):
-            self.post(peer, self._build_request(member.rank), then=lambda built: self._back(member, built))
+        if member.back_by is None:
+            return
+        if peer.endswith(f".{PROCESS}"):
+            self.post(peer, self._build_request(member.rank), then=lambda built: self._rebuilt(member, built))
+        self._take_back(member)
 
-    def _back(self, member: Member, built: Result) -> None:
+    def _rebuilt(self, member: Member, built: Result) -> None:
+        member.rebuilt = built
+        self._take_back(member)
+
+    def _take_back(self, member: Member) -> None:
+        """Once it is built, and each of its roles has said that it listens."""
+        roles = member.assignment["roles"]
+        if member.rebuilt is None or not all(self.hub.knows(f"{member.rank}.{role}") for role in roles):
+            return
+        built, member.rebuilt = member.rebuilt, None
         member.is_lost, member.back_by = False, None
-        member.progress_at = self._clock()
-        for role in member.roles:
+        for role in roles:
             if role in self.on_return:
                 self.on_return[role](built)
 
@@ -420,7 +431,8 @@ class Crew:
             self._fail(member, reason)
         if self._is_over(member):
             return
-        member.is_lost, member.back_by, member.lost_pid, member.why_lost = True, None, member.pid, reason
+        member.is_lost, member.back_by, member.rebuilt = True, None, None
+        member.lost_pid, member.why_lost = member.pid, reason
         for line in (PROCESS, BEAT, *member.roles):
             self.hub.forget(f"{member.rank}.{line}")
         for call, pending in list(self._pending.items()):

@@ -29,7 +29,7 @@ from tests.multiprocess.process_group import PRELOADED
 
 MORE_PRELOADED = ["launch.run", "launch.guard", "launch.pipeline", "launch.role_process", "transformers.models.llama"]
 ORCHESTRATOR = -1
-DEADLINE_SECONDS = 120.0
+DEADLINE_SECONDS = 60.0
 Prepare = Callable[[int, int], None]
 
 
