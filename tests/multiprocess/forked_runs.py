@@ -10,6 +10,7 @@ process of a rank, 1 for the one that took its place, and so on; the orchestrato
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -101,15 +102,21 @@ class ForkedRun:
         self.agent.join()
 
 
-def start(folder: Path, overrides: list[str], num_ranks: int, prepare: Prepare = nothing) -> ForkedRun:
-    """`prepare` is a function of a module: it is found there by its name."""
+def start(
+    folder: Path,
+    overrides: list[str],
+    num_ranks: int,
+    prepare: Prepare = nothing,
+    absent: tuple[int, ...] = (),
+) -> ForkedRun:
+    """`prepare` is a function of a module: it is found there by its name. Ranks that are `absent` are never started."""
     multiprocessing.set_forkserver_preload(PRELOADED + MORE_PRELOADED)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("stdout", "stderr"):
         (folder / name).touch()
     overrides = [*overrides, f"hydra.run.dir={folder / 'run'}"]
     agent = multiprocessing.get_context("forkserver").Process(
-        target=_agent, args=(folder, overrides, num_ranks, prepare)
+        target=_agent, args=(folder, overrides, num_ranks, prepare, absent)
     )
     agent.start()
     return ForkedRun(folder, agent)
@@ -135,8 +142,9 @@ def is_alive(pid: int) -> bool:
 # ---- In the agent. ----
 
 
-def _agent(folder: Path, overrides: list[str], num_ranks: int, prepare: Prepare) -> None:
+def _agent(folder: Path, overrides: list[str], num_ranks: int, prepare: Prepare, absent: tuple[int, ...]) -> None:
     os.setsid()
+    _die_with_parent()
     for name, stream in (("stdout", 1), ("stderr", 2)):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_APPEND), stream)
     with socket.socket() as free:
@@ -145,7 +153,7 @@ def _agent(folder: Path, overrides: list[str], num_ranks: int, prepare: Prepare)
     of_run = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in of_run.items()} | {"TMPDIR": _made(folder / "tmp")}
     ranks, codes = {}, {}
-    for rank in range(num_ranks):
+    for rank in sorted(set(range(num_ranks)) - set(absent)):
         pid = _fork(lambda rank=rank: _rank(folder, rank, overrides, prepare))
         ranks[pid] = rank
         (folder / f"rank-{rank}").write_text(str(pid))
@@ -157,6 +165,11 @@ def _agent(folder: Path, overrides: list[str], num_ranks: int, prepare: Prepare)
         (folder / "codes").write_text(json.dumps(codes))
         if any(codes.values()):
             _tell(ranks, signal.SIGTERM)
+
+
+def _die_with_parent() -> None:
+    """A test that is killed leaves nothing behind."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _made(folder: Path) -> str:
@@ -196,6 +209,7 @@ def _fork(act: Callable[[], int | None]) -> int:
 def _rank(folder: Path, rank: int, overrides: list[str], prepare: Prepare) -> int:
     from launch import guard, run
 
+    _die_with_parent()
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
     sys.argv = ["launch/run.py", *overrides]
     lives = iter(range(1000))
