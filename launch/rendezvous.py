@@ -14,7 +14,10 @@ KEY = "tierforce/endpoints"
 
 
 def publish_endpoints(endpoints: Endpoints, timeout_s: float) -> dist.Store:
-    """By the orchestrator, which keeps the store as long as others may come. Raises torch's DistNetworkError, which names host and port, if there is no store."""
+    """By the orchestrator, which keeps the store as long as others may come.
+
+    Raises torch's DistNetworkError, which names host and port, where there is none.
+    """
     store = _store(timeout_s)
     store.set(_key(), msgspec.json.encode(endpoints))
     return store
