@@ -173,6 +173,21 @@ def first_verifier_stuck(rank: int, life: int) -> None:
     _before_a_verification(rank, 3, spin)
 
 
+def damaged_block_of_second_verifier(rank: int, life: int) -> None:
+    """One read of its disk gives another block than was written."""
+    from tiers.disk_tier import DiskBlocks
+
+    read, reads = DiskBlocks.read_into, iter(range(1 << 30))
+
+    def read_into(blocks, index, buffer):
+        if next(reads) == 10:
+            blocks._checksums[index] ^= 1
+        read(blocks, index, buffer)
+
+    if rank == 4:
+        DiskBlocks.read_into = read_into
+
+
 def second_verifier_raises(rank: int, life: int) -> None:
     _before_a_verification(rank, 4, fail)
 

@@ -17,6 +17,7 @@ NUM_TOKENS = 40
 PROMPT = random_prompt(60)
 STALL_S = 3.0
 QUICK = [f"placement.stall_timeout_s={STALL_S}", "placement.draft_timeout_s=1.5"]
+DISK = ["cache.full.tier=disk", "cache.full.block_tokens=16", "tiers.disk.readers=1"]
 AUTOREGRESSIVE = ["decoding.mode=autoregressive"]
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -166,6 +167,14 @@ def test_a_pause_within_the_deadline_does_not_matter(start, expected):
     run = start(faults.verifier_paused, *AUTOREGRESSIVE, "placement.stall_timeout_s=20")
     run.wait()
     assert run.result["token_ids"] == expected, run.report()
+
+
+def test_a_damaged_block_of_one_rank_is_read_again_by_all(start, expected):
+    run = start(faults.damaged_block_of_second_verifier, *AUTOREGRESSIVE, *QUICK, *DISK)
+    run.wait()
+    assert run.result["token_ids"] == expected, run.report()
+    assert run.output.count("a stored block was damaged") == 1
+    assert run.result["streaming"]["damaged_blocks"] == 1
 
 
 # ---- Signals. ----
