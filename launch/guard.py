@@ -33,7 +33,7 @@ ENDPOINTS, PIPE, START_TIMEOUT = "TIERFORCE_ENDPOINTS", "TIERFORCE_PIPE", "TIERF
 """Environment of the worker: how to join a run that its guard belongs to already; or else where to tell the guard how,
 and how long to look for it."""
 TICK_SECONDS = 0.1
-MAX_SILENCE_SECONDS = 5.0
+MAX_SILENCE_SECONDS = 4.0
 CLOSING_SECONDS = 10.0
 DONE, FAILED, FOUND_NOBODY = 0, 1, 3
 STACKS_SIGNAL = signal.SIGUSR1

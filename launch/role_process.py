@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from conf.schema import RunConfig
+from launch.engine import memory_shortage_as_config_error
 from launch.guard import ENDPOINTS, FOUND_NOBODY, PIPE, STACKS_SIGNAL, START_TIMEOUT, same_host
 from launch.rendezvous import wait_for_endpoints
 from launch.roles import RoleBuilder
@@ -242,7 +243,9 @@ def build(config: dict[str, Any], assignment: dict[str, Any]) -> Roles:
     assigned = msgspec.convert(assignment, Assignment)
     if assigned.log is not None:
         _log_to(Path(assigned.log))
-    return Roles(msgspec.convert(config, RunConfig), assigned)
+    run_config = msgspec.convert(config, RunConfig)
+    with memory_shortage_as_config_error(run_config):
+        return Roles(run_config, assigned)
 
 
 def _num_failed_drafts(role: Any) -> int:

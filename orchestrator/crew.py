@@ -280,11 +280,13 @@ class Crew:
             return answer.result
         if isinstance(answer, RoleLostError):
             raise answer
-        for kind in (DamagedBlockError, ConfigError):
-            if answer.kind == kind.__name__:
-                raise kind(answer.message)
+        if _is_damage(answer):
+            raise DamagedBlockError(answer.message)
+        member = self._member_of(pending.peer)
+        if answer.kind == ConfigError.__name__ and not member.is_built:
+            raise ConfigError(answer.message)
         reason = f"{answer.kind}: {answer.message}"
-        self._lose(self._member_of(pending.peer), reason)
+        self._lose(member, reason)
         raise RoleLostError(reason)
 
     def reports(self) -> dict[int, Any]:

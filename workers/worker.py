@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from conf.schema import ConfigError
 from workers.channel import ChannelError, Line, PingListener
 from workers.messages import (
     Attach,
@@ -53,8 +54,8 @@ from workers.tensor_frames import from_raw, to_raw
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 0.5
-MAX_SILENCE_SECONDS = 5.0
-"""Of the orchestrator on another host, ten times its pings."""
+MAX_SILENCE_SECONDS = 4.0
+"""Of the orchestrator on another host, eight times its pings."""
 NOBODY_DIRECTS = 4
 """The exit code of a process whose orchestrator is gone."""
 
@@ -247,7 +248,7 @@ def _answer(call: Call, act: Callable[[], Result], state: Callable[[], str] = la
     except Exception as error:  # whatever it is, it must reach the orchestrator, which decides
         logger.exception("%s failed", type(call.request).__name__)
         root = error
-        while root.__cause__ is not None:
+        while root.__cause__ is not None and not isinstance(root, ConfigError):  # which is a message to the user
             root = root.__cause__
         text = (str(root).splitlines() or [""])[0]
         return Failure(call.id, type(root).__name__, text, traceback.format_exc())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -252,6 +253,16 @@ def test_bad_configuration_is_said_once(start):
     run.wait()
     (line,) = run.errors
     assert line.startswith("tierforce: decoding.gamma1 is -1")
+    assert run.exit_codes[0] == 2
+
+
+def test_weights_that_a_worker_cannot_read_are_said_once(start, models, tmp_path):
+    folder = shutil.copytree(models[1], tmp_path / "drafter")
+    os.truncate(folder / "model.safetensors", 1000)
+    run = start(forked_runs.nothing, f"model.drafter={folder}")
+    run.wait()
+    (line,) = run.errors
+    assert line.startswith("tierforce: model.drafter is") and "cannot be read" in line
     assert run.exit_codes[0] == 2
 
 
