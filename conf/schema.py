@@ -361,7 +361,8 @@ class PlacementConfig:
     retriever_rank: int = 2
     """Of the pipeline: the rank that drafts by retrieval. The orchestrator is rank 0, all others verify."""
     device: str = "auto"
-    """cpu, cuda, cuda:N; auto: the first CUDA device if there is one."""
+    """auto: CUDA where there is a device, else cpu. Of a run in one process also cuda:N; several processes spread over
+    the devices of their node, the ranks of a verifier each on one of its own."""
     threads: str = "auto"
     """Of a CPU process: an integer, or auto: OMP_NUM_THREADS if the user set it, else as many as cores are idle."""
     device_memory_gib: float | None = None

@@ -118,6 +118,7 @@ class Engine:
     notes: list[str]
     _builder: RoleBuilder
     _target: TargetModel
+    _background: InBackground | None = None
 
     def on_prefill_progress(self, callback) -> None:
         """`callback(done, total)`, in tokens through all layers, is called as the prompt is read."""
@@ -139,6 +140,8 @@ class Engine:
         return []
 
     def close(self) -> None:
+        if self._background is not None:
+            self._background.close()
         self._builder.close()
 
 
@@ -153,19 +156,27 @@ def build(config: RunConfig, prepared: Prepared, prompt_ids: list[int], max_new_
     notes.append(plan.reason)
     with memory_shortage_as_config_error(config):
         sizes = {"seed": seed, "max_new_tokens": max_new_tokens}
-        builder = RoleBuilder(config, prepared.target, prepared.device, plan, **sizes)
+        builder = RoleBuilder(config, prepared.target, prepared.device, plan, **sizes, in_threads=config.overlaps)
         target = builder.load_target()
         verifier, target_model = builder.verifier(target)
+        background = InBackground(verifier, prepared.device) if config.overlaps else None
         hierarchy = make_hierarchy(
             config,
             make_session(config, prepared, prompt_ids, max_new_tokens),
-            verifier=verifier,
+            verifier=background or verifier,
             retriever=builder.retriever(target) if config.uses_retrieval else None,
             drafter=builder.drafter(prepared.drafter, target.vocab_size) if config.uses_drafter else None,
         )
     if builder.link.gb_per_s is not None:
         notes.append(f"the link from host to device is emulated: {builder.link.gb_per_s:g} GB/s")
-    return Engine(hierarchy=hierarchy, plan=plan, notes=notes + builder.notes, _builder=builder, _target=target_model)
+    return Engine(
+        hierarchy=hierarchy,
+        plan=plan,
+        notes=notes + builder.notes,
+        _builder=builder,
+        _target=target_model,
+        _background=background,
+    )
 
 
 @contextmanager
@@ -192,8 +203,6 @@ def make_session(config: RunConfig, prepared: Prepared, prompt_ids: list[int], m
 def make_hierarchy(config: RunConfig, session: Session, **roles) -> Hierarchy:
     """`roles`: see Hierarchy; those of this process, or what stands for them."""
     rebuild = config.cache.retrieval.rebuild
-    if config.overlaps and not hasattr(roles["verifier"], "begin_verify"):
-        roles["verifier"] = InBackground(roles["verifier"])
     return Hierarchy(
         session=session,
         gamma1=config.decoding.gamma1,

@@ -25,6 +25,7 @@ import msgspec
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from launch.mps import Service
 from workers.channel import PING_SECONDS, ChannelError, Endpoints, Line, PingListener
 from workers.messages import Close, DumpStacks, Ended, Ping, Restart
 
@@ -61,23 +62,27 @@ class Guard:
         self._worker: subprocess.Popen | None = None
         self._line: Line | None = None
         self._pings: PingListener | None = None
+        self._mps = Service(os.environ)
+        self._for_mps: dict[str, str] = {}
 
     def run(self) -> int:
         """The exit code, when the run is over."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
-        self._start()
         try:
+            self._for_mps = self._mps.join()
+            self._start()
             return self._watch()
         finally:
             self._kill()
+            self._mps.close()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         # In a run the orchestrator decides: it ends in good order on the same signal, and says so.
         self._is_told_to_end = True
 
     def _start(self) -> None:
-        environment, pipe = dict(os.environ), None
+        environment, pipe = os.environ | self._for_mps, None
         if self._endpoints is None:
             pipe, end = os.pipe()
             environment |= {PIPE: str(end), START_TIMEOUT: str(self._start_timeout_s)}

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import torch.distributed as dist
 
-from conf.schema import ConfigError, RunConfig, to_plain
+from conf.schema import RunConfig, to_plain
 from launch.engine import Prepared, make_hierarchy, make_session, plan_input_for, with_budget_in_context
 from launch.guard import CLOSING_SECONDS, ENDPOINTS
 from launch.rendezvous import publish_endpoints
@@ -24,7 +24,7 @@ from launch.roles import disk_folder
 from launch.sizing import FreeBytes
 from orchestrator.crew import PROCESS, Crew, RunFailedError, TimeLimits
 from orchestrator.hierarchy import Hierarchy
-from orchestrator.placement import RETRIEVER_ROLE, VERIFIER_ROLE, Placement, Seat, devices_for
+from orchestrator.placement import RETRIEVER_ROLE, VERIFIER_ROLE, Placement, Seat, devices_for, sharing_notes
 from orchestrator.remote_roles import RemoteDrafter, RemoteRetriever, RemoteVerifier
 from tiers.plan import MemoryPlan, drafter_plan, make_plan, retriever_plan, without_retrieval_cache
 from workers.channel import Endpoints, Hub
@@ -126,16 +126,15 @@ class RemoteEngine:
         return self._reports
 
     def memory_report(self) -> dict[str, Any]:
-        """Sums over all processes for each tier, and what each process has."""
+        """Sums over all processes, for each tier."""
         reports = self.reports()
-        tiers = {
+        return {
             tier: {
                 "planned_bytes": sum(plan.totals[tier] for plan in self._plans.values()),
                 "peak_bytes": sum(report["peak_bytes"][tier] for report in reports.values()),
             }
             for tier in ("device", "host", "disk")
         }
-        return tiers
 
     def processes_report(self) -> list[dict[str, Any]]:
         """What each process is, and has; of one that is out of order: why it was the last time."""
@@ -190,6 +189,7 @@ def build_remote(
     sizes = {"max_tokens": len(prompt_ids) + max_new_tokens, "max_new_tokens": max_new_tokens}
     plans = _Planner(config, prepared, placement, seats, devices, free, sizes).plans()
     notes.append(plans[placement.verifier_ranks[0]].reason)
+    notes += sharing_notes(placement, seats, devices, [rank for rank in free if free[rank]["has_mps"]])
     notes += [
         f"rank {rank} on {devices[rank]}: {', '.join(placement.roles_of(rank))}" for rank in placement.worker_ranks
     ]
@@ -360,12 +360,3 @@ class _Planner:
 
     def _inputs(self, prepared: Prepared, free: FreeBytes):
         return plan_input_for(self._config, prepared, **self._sizes, free=free)
-
-
-def check_devices(config: RunConfig) -> None:
-    """What several processes cannot have. Raises ConfigError."""
-    if config.placement.device.startswith("cuda:"):
-        raise ConfigError(
-            f"placement.device is {config.placement.device!r}; with several processes it must be auto, cpu or cuda: "
-            "each rank gets its own"
-        )

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from conf.schema import RunConfig
+from launch import mps
 from launch.engine import memory_shortage_as_config_error
 from launch.guard import ENDPOINTS, FOUND_NOBODY, PIPE, STACKS_SIGNAL, START_TIMEOUT, same_host
 from launch.rendezvous import wait_for_endpoints
@@ -89,7 +90,7 @@ class Roles:
 
     def __init__(self, config: RunConfig, assignment: Assignment):
         self._config, self._assignment = config, assignment
-        self._device = torch.device(assignment.device)
+        self.device = torch.device(assignment.device)
         self._group: dist.ProcessGroup | None = None
         self._arena: SharedArena | None = None
         self._weights: SharedWeights | None = None
@@ -98,8 +99,8 @@ class Roles:
         self.is_first_shard = assignment.shard_rank == 0
         self.roles: dict[str, Any] = {}
         self.shared: dict[str, Any] = {}
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         else:
             torch.set_num_threads(assignment.num_threads)
         dtype = getattr(torch, assignment.dtype)
@@ -108,13 +109,14 @@ class Roles:
         self._builder = RoleBuilder(
             config,
             self._whole.sharded(self._shard),
-            self._device,
+            self.device,
             assignment.plan,
             seed=assignment.seed,
             max_new_tokens=assignment.max_new_tokens,
             in_threads=True,
         )
         self._make(dtype)
+        self._finish_queued()
         self.notes = self._builder.notes
 
     def _make(self, dtype: torch.dtype) -> None:
@@ -134,6 +136,11 @@ class Roles:
                 facts = describe("model.drafter", self._config.model.drafter, dtype)
             self.roles[DRAFTER_ROLE] = builder.drafter(facts, self._whole.config.get_text_config().vocab_size)
 
+    def _finish_queued(self) -> None:
+        """What this thread queued on the device: the roles, on streams of their own, do not wait for it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def _load_target(self) -> CausalModel:
         if self._assignment.weights is not None:
             return self._builder.take_target(self._assignment.weights)
@@ -151,10 +158,10 @@ class Roles:
         timeout = timedelta(seconds=self._sum_timeout_s)
         host, port = assignment.store
         store = dist.PrefixStore(assignment.group, dist.TCPStore(host, port, is_master=False, timeout=timeout))
-        if self._device.type == "cpu" and assignment.same_host and has_ordered_stores():
+        if self.device.type == "cpu" and assignment.same_host and has_ordered_stores():
             ways = {role: self._shared_memory_sum(store, role) for role in sorted(assignment.roles) if role in SHARDED}
         else:
-            backend = "nccl" if self._device.type == "cuda" else "gloo"
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(
                 backend, store=store, rank=self._shard.rank, world_size=self._shard.size, timeout=timeout
             )
@@ -188,7 +195,7 @@ class Roles:
         if self._assignment.update_path == "carried":
             return ReceivingRetriever(builder.retriever(target, make_model=RetrievalModel), Carried())
         planned = self._assignment.plan.device_bytes
-        self._arena = SharedArena(sum(planned[name] for name in RETRIEVAL_PARTS if name in planned), self._device)
+        self._arena = SharedArena(sum(planned[name] for name in RETRIEVAL_PARTS if name in planned), self.device)
         retriever = builder.retriever(target, self._arena, SharedRetrievalModel)
         self.shared[RETRIEVAL_CACHE] = self._arena.description()
         return ReceivingRetriever(retriever, FromItsMemory())
@@ -211,12 +218,13 @@ class Roles:
             logger.exception("the retriever's memory cannot be mapped")
             return False
         cache = self._builder.retrieval_cache(part)
-        self.roles[VERIFIER_ROLE].publisher = IntoItsMemory(cache, self._device, writes=self._is_owner())
+        self._finish_queued()
+        self.roles[VERIFIER_ROLE].publisher = IntoItsMemory(cache, writes=self._is_owner())
         return True
 
     def report(self) -> dict[str, Any]:
         peaks = self._builder.peak_bytes()
-        if self._arena is not None and self._device.type == "cpu":
+        if self._arena is not None and self.device.type == "cpu":
             peaks["device"] += self._arena.peak_bytes
         report: dict[str, Any] = {
             "peak_bytes": peaks,
@@ -254,17 +262,19 @@ def _num_failed_drafts(role: Any) -> int:
 
 
 def survey(device: str, disk_folder: str) -> dict[str, int]:
-    """Free bytes of each tier, as this process sees them."""
+    """Free bytes of each tier, as this process sees them, and whether it is a client of MPS."""
     folder = Path(disk_folder)
     return {
         "device": device_free_bytes(torch.device(device)),
         "host": host_free_bytes(),
         "disk": disk_free_bytes(folder),
+        "has_mps": mps.is_available(os.environ),
     }
 
 
 def _log_to(path: Path) -> None:
-    """All that this process and its libraries print; the terminal is the orchestrator's."""
+    """All that this process and its libraries print; the terminal is the orchestrator's. Lines of ours name rank and
+    role, as the file does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):

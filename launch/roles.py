@@ -146,7 +146,10 @@ class RoleBuilder:
         self.weight_bytes += facts.num_weight_bytes
         model = load_model(facts, self.device, self_check=config.model.self_check)
         self.models.append(model)
-        return Drafter(StreamingModel(model, cache), self._coupling(LEVEL_DRAFTER), vocab_size)
+        coupling = self._coupling(LEVEL_DRAFTER)
+        # Where a retrieval draft stands between, it is that one's tokens that the target may reject.
+        names_runners_up = self._wants_runners_up and not config.uses_retrieval
+        return Drafter(StreamingModel(model, cache), coupling, vocab_size, names_runners_up=names_runners_up)
 
     @property
     def _wants_runners_up(self) -> bool:

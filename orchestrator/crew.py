@@ -104,7 +104,7 @@ class Member:
     """Of one that is lost: by then its restarted process must be there; None: it is not restarted any more."""
     rebuilt: Result | None = None
     """What its restarted process has built, until that can be asked."""
-    lost_pid: int = 0
+    lost_pid: int | None = None
     num_restarts: int = 0
     why_lost: str = ""
     """The last time."""
@@ -187,6 +187,8 @@ class Crew:
         self._config = config
         for rank, assignment in assignments.items():
             self.members[rank].assignment = assignment
+            for role in self.members[rank].roles:
+                self.hub.forget(f"{rank}.{role}")  # of what it had built before
         calls = [self.post(f"{rank}.{PROCESS}", self._build_request(rank)) for rank in assignments]
         replies = self.wait_all(calls, self.limits.start_s)
         began = self._clock()
@@ -469,7 +471,7 @@ class Crew:
         Raises RunFailedError for a guard that died.
         """
         asked_at = self._clock()
-        while silent := [m for m in self.members.values() if 0 < m.guard_heard_at < asked_at and not self._is_over(m)]:
+        while silent := [m for m in self.members.values() if 0 < m.guard_heard_at <= asked_at and not self._is_over(m)]:
             if self._clock() - asked_at > GUARD_ANSWER_SECONDS:
                 raise RunFailedError(silent[0].name, silent[0].rank, "its guard, the process of torchrun, died")
             self.pump(TICK_SECONDS)

@@ -169,6 +169,9 @@ def _summary_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     for level in speculation["levels"]:
         counts = f"{level['accepted']:,} of {level['proposed']:,}"
         rows.append((f"acceptance rate, {level['name']}", f"{_number(level['acceptance_rate'], '.1%')} ({counts})"))
+    if ahead := speculation.get("ahead"):
+        hits = f"{ahead['hits']:,} of {ahead['verifications']:,}"
+        rows.append(("drafted ahead", f"{_number(ahead['hit_rate'], '.1%')} of outcomes ({hits})"))
     for tier, memory in result["memory"].items():
         planned, peak = _bytes(memory["planned_bytes"]), _bytes(memory["peak_bytes"])
         rows.append((f"{tier} memory", f"{planned} planned, {peak} peak"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from orchestrator.ahead import AheadRecord
 from orchestrator.hierarchy import Round
 from workers.messages import DRAFTER, RETRIEVAL
 
@@ -46,6 +47,32 @@ class LevelCounts:
         }
 
 
+class AheadCounts:
+    """What drafting during verifications brought."""
+
+    def __init__(self):
+        self.verifications = self.hits = self.steps = self.paths = self.tokens = 0
+
+    def add(self, record: AheadRecord) -> None:
+        self.verifications += 1
+        self.hits += record.is_hit
+        self.steps += record.num_steps
+        self.paths += record.num_paths
+        self.tokens += record.num_tokens
+
+    def to_plain(self) -> dict[str, Any]:
+        """`hit_rate`: of verifications in which something was drafted or could have been, those whose outcome was; per
+        hit, `tokens_per_hit` of the next block were there."""
+        return {
+            "verifications": self.verifications,
+            "hits": self.hits,
+            "hit_rate": self.hits / self.verifications if self.verifications else None,
+            "tokens_per_hit": self.tokens / self.hits if self.hits else None,
+            "steps": self.steps,
+            "paths": self.paths,
+        }
+
+
 class Metrics:
     """Counts rounds as they come. The first one is the prompt and the first token: it counts for no rate.
 
@@ -57,7 +84,8 @@ class Metrics:
         used = ((DRAFTER, uses_drafter), (RETRIEVAL, uses_retrieval))
         self.levels = [LevelCounts(name) for name, is_used in used if is_used]
         self._uses_drafter, self._uses_retrieval = uses_drafter, uses_retrieval
-        self.num_tokens = self.verifications = self.rebuilds = 0
+        self.ahead: AheadCounts | None = None
+        self.num_tokens = self.verifications = self.rebuilds = self.num_inner_steps = 0
         self.prefill_s: float | None = None
         self.ttft_s: float | None = None
         self.decode_s = 0.0
@@ -73,11 +101,15 @@ class Metrics:
             return
         self.verifications += 1
         self.rebuilds += round_.rebuilt
+        self.num_inner_steps += len(round_.inner_steps)
         self.decode_s += seconds
         self._token_seconds += [seconds / len(round_.tokens)] * len(round_.tokens)
         for phase, spent in round_.seconds.items():
             self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + spent
         self._count_proposals(round_)
+        if round_.ahead is not None:
+            self.ahead = self.ahead or AheadCounts()
+            self.ahead.add(round_.ahead)
 
     def _count_proposals(self, round_: Round) -> None:
         if not self.levels:
@@ -126,6 +158,7 @@ class Metrics:
             "tokens_per_verification": self.tokens_per_verification,
             "rebuilds": self.rebuilds,
             "levels": [level.to_plain() for level in self.levels],
+            "ahead": None if self.ahead is None else self.ahead.to_plain(),
         }
 
 

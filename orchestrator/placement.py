@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from conf.schema import ConfigError, PlacementConfig, PlacementKind
@@ -52,6 +52,11 @@ def place(config: PlacementConfig, world_size: int) -> Placement:
     if kind is PlacementKind.inline:
         _require_ranks(world_size == 1, kind, world_size, "1 (or placement colocated or pipeline)")
         return Placement(kind=kind)
+    if config.device.startswith("cuda:"):
+        raise ConfigError(
+            f"placement.device is {config.device!r}; with placement={kind} it must be auto, cpu or cuda: every process "
+            "gets a device of its own where there are enough"
+        )
     if kind is PlacementKind.colocated:
         ranks = tuple(range(world_size))
         return Placement(kind=kind, verifier_ranks=ranks, retriever_ranks=ranks, drafter_rank=0)
@@ -105,6 +110,12 @@ def devices_for(placement: Placement, seats: Mapping[int, Seat], wanted: str) ->
         if not count and wanted not in ("auto", "cpu"):
             raise ConfigError(f"placement.device is {wanted!r}; node {node} has no CUDA device: use cpu or auto")
         devices |= _devices_of_node(placement, ranks, count)
+    if len({devices[rank] == "cpu" for rank in placement.verifier_ranks}) > 1:
+        nodes = sorted({seats[rank].node for rank in placement.verifier_ranks if devices[rank] == "cpu"})
+        raise ConfigError(
+            f"placement.device is {wanted!r}; it must be cpu where, of the nodes with a verifier's ranks, node "
+            f"{nodes[0]} has no CUDA device and another has: the ranks compute on devices of one kind"
+        )
     return devices
 
 
@@ -124,3 +135,26 @@ def _devices_of_node(placement: Placement, ranks: list[int], count: int) -> dict
         if rank in ranks and rank not in devices:
             devices[rank] = f"cuda:{free.pop(0) if free else shared}"
     return devices
+
+
+def sharing_notes(
+    placement: Placement, seats: Mapping[int, Seat], devices: Mapping[int, str], with_mps: Collection[int]
+) -> list[str]:
+    """What the user should know of GPUs that several processes share; `with_mps` are the ranks that may use MPS."""
+    by_device: dict[tuple[int, str], list[int]] = {}
+    for rank in placement.worker_ranks:
+        if devices[rank] != "cpu":
+            by_device.setdefault((seats[rank].node, devices[rank]), []).append(rank)
+    notes = []
+    for (node, device), ranks in by_device.items():
+        if len(ranks) == 1:
+            continue
+        who = f"ranks {', '.join(map(str, ranks))} share {device} of node {node}"
+        if set(ranks) <= set(with_mps):
+            notes.append(f"{who} by MPS: they compute side by side")
+        else:
+            notes.append(
+                f"{who} without MPS: they take turns, and drafting does not overlap verification. It does with "
+                "nvidia-cuda-mps-control in the PATH, with more GPUs, or in one process: placement=colocated"
+            )
+    return notes

@@ -7,6 +7,7 @@ process is back it is told the committed tokens again. A verifier's ranks all do
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from orchestrator.crew import Crew, RoleLostError, RunFailedError
 from orchestrator.placement import DRAFTER_ROLE, RETRIEVER_ROLE, VERIFIER_ROLE
@@ -29,6 +30,24 @@ from workers.messages import (
     Verdict,
     Verify,
 )
+
+
+def _agreed(role: str, peers: list[str], request: Request, replies: list[Reply]) -> Result:
+    """What all ranks that play a role answered; raises RunFailedError where they do not agree, or do not any more."""
+    answers = [(_comparable(reply.result), reply.state) for reply in replies]
+    for peer, answer in zip(peers, answers, strict=True):
+        if answer != answers[0]:
+            both = " has ".join([peers[0], f"{answers[0]}, {peer}", f"{answer}"])
+            rank = int(peer.partition(".")[0])
+            raise RunFailedError(role, rank, f"ranks disagree after {type(request).__name__}: {both}")
+    return replies[0].result
+
+
+def _comparable(result: Result) -> Any:
+    """Distributions come from the first rank alone."""
+    if isinstance(result, InnerStep):
+        return result.draft.tokens, result.num_accepted
+    return result.tokens if isinstance(result, Draft) else result
 
 
 class _OptionalRole:
@@ -85,7 +104,7 @@ class _OptionalRole:
             replies = self._crew.ask(self._peers, request, self._timeout_s)
         except RoleLostError:
             return None
-        return replies[0].result
+        return _agreed(self._role, self._peers, request, replies)
 
 
 class RemoteDrafter(_OptionalRole):
@@ -134,8 +153,9 @@ class RemoteVerifier:
     """See orchestrator.hierarchy.VerifierRole; all its ranks are asked, and must answer alike."""
 
     def __init__(self, crew: Crew, ranks: tuple[int, ...]):
-        self._crew, self._ranks = crew, ranks
+        self._crew = crew
         self._peers = [f"{rank}.{VERIFIER_ROLE}" for rank in ranks]
+        self._verify = Verify(Draft())
         self._verification: list[int] = []
 
     def prefill(self, prompt: list[int]) -> None:
@@ -145,13 +165,15 @@ class RemoteVerifier:
         return self._ask(Verify(draft))
 
     def begin_verify(self, draft: Draft) -> None:
-        self._verification = self._crew.post_all(self._peers, Verify(draft))
+        self._verify = Verify(draft)
+        self._verification = self._crew.post_all(self._peers, self._verify)
 
     def is_verifying(self) -> bool:
         return not self._crew.are_answered(self._verification)
 
     def finish_verify(self) -> Verdict:
-        return self._agreed("Verify", self._crew.wait_all(self._verification))
+        replies = self._crew.wait_all(self._verification)
+        return _agreed(VERIFIER_ROLE, self._peers, self._verify, replies)
 
     def commit(self, tokens: list[int]) -> None:
         for peer in self._peers:
@@ -164,16 +186,4 @@ class RemoteVerifier:
         self._ask(Reread())
 
     def _ask(self, request: Request) -> Result:
-        return self._agreed(type(request).__name__, self._crew.ask(self._peers, request))
-
-    def _agreed(self, what: str, replies: list[Reply]) -> Result:
-        first = replies[0]
-        for rank, reply in zip(self._ranks, replies, strict=True):
-            if (reply.result, reply.state) != (first.result, first.state):
-                raise RunFailedError(
-                    VERIFIER_ROLE,
-                    rank,
-                    f"ranks disagree after {what}: rank {self._ranks[0]} has {first.result} in state "
-                    f"{first.state}, rank {rank} has {reply.result} in state {reply.state}",
-                )
-        return first.result
+        return _agreed(VERIFIER_ROLE, self._peers, request, self._crew.ask(self._peers, request))

@@ -75,7 +75,7 @@ def attached(description: dict[str, Any]) -> list[torch.Tensor]:
     """The tensors of another process's arena, in the order they were allocated; the same memory, no copy."""
     memory = description["memory"]
     if "cuda" in memory:
-        storage = torch.UntypedStorage._new_shared_cuda(*memory["cuda"])
+        storage = _storage_of(memory["cuda"])
         flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)[: memory["num_bytes"]]
     else:
         flat = _map(f"/proc/{memory['pid']}/fd/{memory['file']}", memory["num_bytes"])
@@ -100,9 +100,14 @@ def cuda_handle(tensor: torch.Tensor) -> dict[str, Any]:
 
 def from_cuda_handle(handle: dict[str, Any]) -> torch.Tensor:
     """The same memory."""
-    storage = torch.UntypedStorage._new_shared_cuda(*handle["storage"])
+    storage = _storage_of(handle["storage"])
     empty = torch.empty(0, dtype=getattr(torch, handle["dtype"]), device=storage.device)
     return empty.set_(storage, handle["offset"], handle["size"], handle["stride"])
+
+
+def _storage_of(handle: list[Any]) -> torch.UntypedStorage:
+    torch.cuda.init()
+    return torch.UntypedStorage._new_shared_cuda(*handle)
 
 
 class AttachedPart:

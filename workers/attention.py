@@ -190,7 +190,7 @@ def _hidden(part: Segment, num_new: int, first_position: int, window: int | None
     num_keys, device = part.k.shape[1] - part.num_pad, part.k.device
     if sees is not WINDOW:
         width = (part.num_new if sees is TRIANGLE else 0) + part.num_pad
-        return _tail_mask(num_new, width, part.num_pad, device) if width else None
+        return _tail_mask(num_new, width, part.num_pad, device, _stream_of(device)) if width else None
     q_positions = torch.arange(first_position, first_position + num_new, device=device)[:, None]
     if part.positions is None:
         k_positions = torch.arange(part.start, part.start + num_keys, device=device)[None, None]
@@ -200,9 +200,16 @@ def _hidden(part: Segment, num_new: int, first_position: int, window: int | None
     return torch.nn.functional.pad(hidden, (0, part.num_pad), value=True)
 
 
+def _stream_of(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 @lru_cache(maxsize=1024)
-def _tail_mask(num_new: int, width: int, num_pad: int, device: torch.device) -> torch.Tensor:
-    """Hides padding, and new tokens from those before them, in the last `width` slots: [1, T, width]."""
+def _tail_mask(num_new: int, width: int, num_pad: int, device: torch.device, stream: int) -> torch.Tensor:
+    """Hides padding, and new tokens from those before them, in the last `width` slots: [1, T, width].
+
+    Each `stream` has masks of its own: another would not wait until they are written.
+    """
     slots = torch.arange(width, device=device)
     last_seen = torch.arange(num_new, device=device) if width > num_pad else torch.full((num_new,), -1, device=device)
     return (slots > last_seen[:, None])[None]

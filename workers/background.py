@@ -1,19 +1,56 @@
-"""A verifier that verifies in a thread, so that its process can draft meanwhile."""
+"""Roles that compute side by side on one device: each in a thread, and on CUDA on a stream, of its own."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from workers.messages import Draft, Verdict
 
 
-class InBackground:
-    """Wraps a role of this process; what else it is asked, it does in the caller's thread, with no verification on."""
+class OwnStream:
+    """For the calls of one role that others compute beside.
 
-    def __init__(self, verifier):
-        self._verifier = verifier
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="verifier")
+    Why nothing races: a call begins when what its caller queued is done, and ends when what it queued itself is done.
+    What roles hand each other goes through the caller of both, so the giver's call is over when the taker's begins.
+    """
+
+    def __init__(self, device: torch.device):
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._num_threads = torch.get_num_threads()
+
+    def enter_thread(self) -> None:
+        """Once in the role's thread. It computes with as many processor threads as its maker, not as those that copy:
+        a new thread has as many as were set last anywhere in the process."""
+        torch.set_num_threads(self._num_threads)
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Around each call, in the role's thread."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):  # and its device is the thread's
+            try:
+                yield
+            finally:
+                self._stream.synchronize()
+
+
+class InBackground:
+    """A verifier of this process that verifies in a thread, so that its process can draft meanwhile.
+
+    What else it is asked, it does in the caller's thread, with no verification on.
+    """
+
+    def __init__(self, verifier, device: torch.device):
+        self._verifier, self._device = verifier, device
+        self._stream = OwnStream(device)
+        self._thread = ThreadPoolExecutor(1, "verifier", initializer=self._stream.enter_thread)
         self._verification: Future[Verdict] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -21,10 +58,20 @@ class InBackground:
 
     def begin_verify(self, draft: Draft) -> None:
         """See orchestrator.hierarchy.VerifierRole."""
-        self._verification = self._thread.submit(self._verifier.verify, draft)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        self._verification = self._thread.submit(self._verify, draft)
+
+    def _verify(self, draft: Draft) -> Verdict:
+        with self._stream.call():
+            return self._verifier.verify(draft)
 
     def is_verifying(self) -> bool:
         return not self._verification.done()
 
     def finish_verify(self) -> Verdict:
         return self._verification.result()
+
+    def close(self) -> None:
+        """Waits for a verification that an interruption left behind: it reads what is closed next."""
+        self._thread.shutdown()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from typing import Protocol
 
 import torch
@@ -32,19 +34,20 @@ class Level:
 
     def __init__(self, model: CachedModel):
         self.model = model
-        self.committed: list[int] = []
-        self._held: list[int] = []  # the tokens in the cache
-        self._num_agreed = 0  # so many of them are known to equal the committed ones
-        self.num_commits = 0
+        self._start([], 0, [])
+
+    def _start(self, prompt: list[int], num_commits: int, held: list[int]) -> None:
+        self.committed, self.num_commits = list(prompt), num_commits
+        self._held = list(held)  # the tokens in the cache
+        self._num_agreed = len(held)  # so many of them are known to equal the committed ones
+        self._digest, self._num_digested = hashlib.blake2b(digest_size=8), 0
 
     def prefill(self, prompt: list[int], num_commits: int = 0) -> None:
         """Reads the prompt but for its last token, whose logits the first verification asks for.
 
         A process that was restarted reads what `num_commits` commits have added to the prompt, too.
         """
-        self.committed, self.num_commits = list(prompt), num_commits
-        self._held = self.committed[:-1]
-        self._num_agreed = len(self._held)
+        self._start(prompt, num_commits, prompt[:-1])
         self.model.prefill(self._held)
 
     def commit(self, tokens: list[int]) -> None:
@@ -52,6 +55,14 @@ class Level:
         self.committed += tokens
         self.num_commits += 1
         self._roll_back([], len(self.committed))
+
+    def state(self) -> str:
+        """What ranks that do the same must agree on: the committed tokens, the number that keys random numbers (see
+        KeyedRandom), and the cache's length."""
+        self._digest.update(array("q", self.committed[self._num_digested :]).tobytes())
+        self._num_digested = len(self.committed)
+        tokens = f"{self._num_digested} tokens {self._digest.hexdigest()}"
+        return f"{tokens}, {self.num_commits} commits, {self.model.length} tokens cached"
 
     def logits_after(self, after: list[int], draft: list[int]) -> torch.Tensor:
         """Logits [len(draft) + 1, V]: for each drafted token's place, and for the one after the last."""

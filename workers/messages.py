@@ -242,7 +242,7 @@ class Reply(msgspec.Struct, tag=True):
     id: int
     result: Result
     state: str = ""
-    """Of a tensor-parallel rank: a digest of its committed tokens; all ranks must have the same."""
+    """Of a role that several ranks play alike: see workers.level.Level.state; all must have the same."""
 
 
 class Failure(msgspec.Struct, tag=True):

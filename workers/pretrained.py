@@ -69,7 +69,7 @@ class ModelFacts:
         check_size(name, text_config.num_attention_heads, self.cache_shape.num_kv_heads, shard.size)
         if getattr(self.config, "quantization_config", None):
             raise ConfigError(
-                f"placement.tensor_parallel is {shard.size}; it must be 1 for {name}, whose weights are quantized"
+                f"the number of verifier ranks is {shard.size}; it must be 1 for {name}, whose weights are quantized"
             )
         model = _without_memory(self.config)
         sharding = plan_sharding(model, shard)
@@ -290,7 +290,7 @@ def _files_to_part(facts: ModelFacts) -> dict[str, Path]:
         files = weight_files(facts.source)
     if files is None:
         raise ConfigError(
-            f"placement.tensor_parallel is {facts.shard.size}; it must be 1 for {facts.key}={facts.source}, whose "
+            f"the number of verifier ranks is {facts.shard.size}; it must be 1 for {facts.key}={facts.source}, whose "
             "weights are not in safetensors files, of which alone a part can be read"
         )
     return files

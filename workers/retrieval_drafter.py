@@ -24,8 +24,7 @@ class RetrievalDrafter(Level):
 
     def prefill(self, prompt: list[int], num_commits: int = 0) -> None:
         """Reads nothing: its cache comes from the verifier, with the first `refresh`."""
-        self.committed, self.num_commits = list(prompt), num_commits
-        self._held, self._num_agreed = [], 0
+        self._start(prompt, num_commits, [])
 
     def extend(self, after: list[int], draft: Draft, branch: int = 0) -> InnerStep:
         """See orchestrator.hierarchy.RetrieverRole. A broken row of logits hands up nothing: it costs speed only."""

@@ -7,6 +7,8 @@ decoding uses, which reads the prompt in one pass and then one token a pass.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
 LENGTH_DEPENDENT_TYPES = ("dynamic", "longrope")
@@ -25,14 +27,27 @@ class RotaryTable(torch.nn.Module):
         self.rotary = rotary
         self._rows: dict[str | None, tuple[torch.Tensor, torch.Tensor]] = {}
         self._num_prompt_tokens = 1
+        self._lock = threading.Lock()
 
     def read_prompt(self, num_tokens: int) -> None:
         """A new sequence: its first `num_tokens` positions are computed in one pass."""
         self._rows, self._num_prompt_tokens = {}, num_tokens
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None):
-        last = int(position_ids.max())
-        known = self._rows.get(layer_type)
+        cos, sin = self._known_to(int(position_ids.max()), x, layer_type)
+        return cos[:, position_ids[0]], sin[:, position_ids[0]]
+
+    def _known_to(self, last: int, x: torch.Tensor, layer_type: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of the positions up to `last`. The model's roles may ask at the same time, from their streams."""
+        with self._lock:
+            known = self._rows.get(layer_type)
+            if known is None or known[0].shape[1] <= last:
+                known = self._rows[layer_type] = self._grown(known, last, x, layer_type)
+                if x.is_cuda:
+                    torch.cuda.current_stream(x.device).synchronize()
+        return known
+
+    def _grown(self, known, last: int, x: torch.Tensor, layer_type: str | None):
         if known is None:
             # Dynamic NTK remembers the longest sequence until it meets a short one.
             self._rotate(x, 0, 1, layer_type)
@@ -42,8 +57,7 @@ class RotaryTable(torch.nn.Module):
             end = last + 1 + POSITIONS_AHEAD
             new = [self._rotate(x, position, 1, layer_type) for position in range(num_known, end)]
             known = tuple(torch.cat(parts, dim=1) for parts in zip(known, *new, strict=True))
-        self._rows[layer_type] = known
-        return known[0][:, position_ids[0]], known[1][:, position_ids[0]]
+        return known
 
     def _rotate(self, x: torch.Tensor, first: int, count: int, layer_type: str | None):
         """cos and sin as the model computes them in a pass over these positions."""

@@ -66,6 +66,6 @@ def check_size(model: str, num_query_heads: int, num_kv_heads: int, size: int) -
     legal = legal_sizes(num_query_heads, num_kv_heads)
     if size not in legal:
         raise ConfigError(
-            f"placement.tensor_parallel is {size}; it must be one of {', '.join(map(str, legal))} for {model}, which "
-            f"has {num_kv_heads} kv heads of {num_query_heads // num_kv_heads} query heads each"
+            f"the number of verifier ranks is {size}; it must be one of {', '.join(map(str, legal))} for {model}, "
+            f"which has {num_kv_heads} kv heads of {num_query_heads // num_kv_heads} query heads each"
         )

@@ -18,4 +18,6 @@ def from_raw(raw: RawTensor) -> torch.Tensor:
     dtype = getattr(torch, raw.dtype)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{raw.dtype!r} is no tensor type")
+    if 0 in raw.shape:
+        return torch.empty(raw.shape, dtype=dtype)  # frombuffer takes no empty buffer
     return torch.frombuffer(bytearray(raw.data), dtype=dtype).view(raw.shape)

@@ -90,7 +90,7 @@ def plan_sharding(model: nn.Module, shard: Shard) -> Sharding:
     attentions = {name: module for name, module in model.named_modules() if _is_attention(module)}
     if len(attentions) != config.num_hidden_layers:
         raise ConfigError(
-            f"placement.tensor_parallel is {shard.size}; it must be 1 for model type {config.model_type}, "
+            f"the number of verifier ranks is {shard.size}; it must be 1 for model type {config.model_type}, "
             f"in which {len(attentions)} of {config.num_hidden_layers} attention layers were found"
         )
     for name, module in model.named_modules():

@@ -52,19 +52,18 @@ class SameProcess:
 class IntoItsMemory:
     """The verifier's end where it maps the retriever's memory: `cache` is a retrieval cache in there, of own heads.
 
-    Of ranks that share a kv head one `writes` it.
+    Of ranks that share a kv head one `writes` it. All is written when the call that publishes has ended: the other
+    process does not wait for a stream of ours (see workers.background.OwnStream).
     """
 
-    def __init__(self, cache: RetrievalCache, device: torch.device, *, writes: bool):
-        self._cache, self._device, self._writes = cache, device, writes
+    def __init__(self, cache: RetrievalCache, *, writes: bool):
+        self._cache, self._writes = cache, writes
 
     def publish(self, update: RetrievalUpdate) -> UpdateNotice:
         if not self._writes:
             deque(update.layers, maxlen=0)  # made as they are taken, and what they do on the way must be done
             return UpdateNotice(is_rebuild=update.is_rebuild, start=update.start, length=update.length)
         self._cache.load(update)
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()  # the other process does not wait for our stream
         num_slots, num_summaries = self._cache.written
         return UpdateNotice(
             is_rebuild=update.is_rebuild,
@@ -133,6 +132,9 @@ class PublishingVerifier:
     def reread(self) -> None:
         self._verifier.reread()
 
+    def state(self) -> str:
+        return self._verifier.state()
+
     def retrieval_update(self, *, rebuild: bool) -> UpdateNotice:
         return self.publisher.publish(self._verifier.retrieval_update(rebuild=rebuild))
 
@@ -161,3 +163,6 @@ class ReceivingRetriever:
 
     def needs_rebuild(self) -> bool:
         return self._retriever.needs_rebuild()
+
+    def state(self) -> str:
+        return self._retriever.state()

@@ -11,7 +11,6 @@ The threads of one process share its weights. Only the main thread builds; a rol
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import sys
@@ -21,7 +20,10 @@ import traceback
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
+
 from conf.schema import ConfigError
+from workers.background import OwnStream
 from workers.channel import ChannelError, Line, PingListener
 from workers.messages import (
     Attach,
@@ -70,6 +72,8 @@ class RoleSet(Protocol):
     """See workers.messages.Built."""
     is_first_shard: bool
     """Of several ranks that do the same, the one whose answers are used."""
+    device: torch.device
+    """On which the roles compute."""
 
     def attach(self, shared: dict[str, Any]) -> bool:
         """False where that memory is gone with the process that had it."""
@@ -111,7 +115,7 @@ def respond(role: Any, request: Request) -> Result:
 class Worker:
     """`connect(line)` opens a Line of that name; `build(config, assignment)` makes a RoleSet.
 
-    `survey(device, disk folder)` tells the free bytes of each tier.
+    `survey(device, disk folder)` tells the free bytes of each tier, and what else the orchestrator wants to know.
     """
 
     def __init__(
@@ -154,19 +158,26 @@ class Worker:
 
     def _build_roles(self, request: Build) -> Built:
         self._end_roles()
+        began = time.monotonic()
         role_set = self._role_set = self._build(request.config, request.assignment)
         for name, role in role_set.roles.items():
             line = self._connect  # in its thread: a socket belongs to the one that made it
-            self._threads[name] = _RoleThread(name, role, line, strips_probs=not role_set.is_first_shard)
+            stream = OwnStream(role_set.device)
+            self._threads[name] = _RoleThread(name, role, line, stream, strips_probs=not role_set.is_first_shard)
+        roles = ", ".join(role_set.roles) or "no role"
+        logger.info("%s on %s, built in %.1f s", roles, role_set.device, time.monotonic() - began)
         return Built(role_set.notes, role_set.shared)
 
     def _end_roles(self) -> None:
         for thread in self._threads.values():
-            thread.end()
+            thread.tell_to_end()
+        for thread in self._threads.values():
+            thread.join()
         self._threads.clear()
         if self._role_set is not None:
             self._role_set.close()
             self._role_set = None
+            logger.info("ended")
 
     # ---- The heartbeat. ----
 
@@ -196,16 +207,16 @@ class Worker:
 class _RoleThread:
     """Serves one role."""
 
-    def __init__(self, name: str, role: Any, connect: Callable[..., Line], *, strips_probs: bool):
-        self._name, self._role, self._connect, self._strips_probs = name, role, connect, strips_probs
+    def __init__(self, name: str, role: Any, connect: Callable[..., Line], stream: OwnStream, *, strips_probs: bool):
+        self._name, self._role, self._connect = name, role, connect
+        self._stream, self._strips_probs = stream, strips_probs
         self._stop = threading.Event()
-        self._digest = hashlib.blake2b(digest_size=8)
-        self._num_tokens = 0
         self.busy_with = ""
         self._thread = threading.Thread(target=self._run, name=name)
         self._thread.start()
 
     def _run(self) -> None:
+        self._stream.enter_thread()
         line = self._connect(self._name, to_raw, from_raw)
         while not self._stop.is_set():
             try:
@@ -220,25 +231,21 @@ class _RoleThread:
         line.close()
 
     def _act(self, request: Request) -> Result:
-        self._follow(request)
-        result = respond(self._role, request)
+        with self._stream.call():
+            result = respond(self._role, request)
         if self._strips_probs and isinstance(result, InnerStep):
             result.draft = Draft(tokens=result.draft.tokens, origins=result.draft.origins)
         return result
 
-    def _follow(self, request: Request) -> None:
-        """The digest of all committed tokens, which every rank of a group must agree on."""
-        if isinstance(request, Prefill):
-            self._digest, self._num_tokens = hashlib.blake2b(digest_size=8), 0
-        if isinstance(request, Prefill | Commit):
-            self._num_tokens += len(request.tokens)
-            self._digest.update(",".join(map(str, request.tokens)).encode() + b",")
-
     def _state(self) -> str:
-        return f"{self._num_tokens} tokens, {self._digest.hexdigest()}"
+        """Only of roles that several ranks may play; the others need no cached model."""
+        return self._role.state() if hasattr(self._role, "state") else ""
 
-    def end(self) -> None:
+    def tell_to_end(self) -> None:
+        """After what it is doing."""
         self._stop.set()
+
+    def join(self) -> None:
         self._thread.join()
 
 

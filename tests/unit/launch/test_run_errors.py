@@ -73,6 +73,9 @@ class FakeEngine:
     def streaming_report(self):
         return {"bytes": 0, "seconds": 0.0, "gb_per_s": 0.0, "stall_s": 0.0, "emulated_link_gb_per_s": None}
 
+    def processes_report(self):
+        return []
+
     def close(self) -> None:
         self.is_closed = True
 
@@ -128,7 +131,7 @@ REFUSED = [
     (["model=gpt5"], ["model", "'gpt5'", "demo", "llama2-7b-128k", "qwen3-8b"]),
     (["model=null"], ["model", "'null'", "demo"]),
     (["model=[demo]"], ["model", "'[demo]'", "demo"]),
-    (["placement=moon"], ["placement", "'moon'", "auto, inline"]),
+    (["placement=moon"], ["placement", "'moon'", "auto, colocated, inline, pipeline"]),
     (["model.target=null"], ["model.target", "'null'", "a text"]),
     (["model.target="], ["model.target", "''", "hub id"]),
     (["cache.retrieval.budget=1001"], ["cache.retrieval.budget", "1001", "1000"]),
@@ -195,15 +198,20 @@ def test_a_refused_configuration_leaves_no_folder(engines):
     assert not list(Path().iterdir())
 
 
-def test_more_than_one_process_is_refused_by_one_of_them(engines, capfd, monkeypatch):
-    monkeypatch.setattr(run.time, "sleep", lambda seconds: None)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, num_lines in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("RANK", rank)
-        assert run.main([]) == 2
-        err = capfd.readouterr().err
-        assert err.count("\n") == num_lines
-        assert "WORLD_SIZE is 2" in err or rank == "1"
+@pytest.mark.parametrize(
+    ("world_size", "argv", "named"),
+    [
+        ("2", ["placement=inline"], ["WORLD_SIZE is 2", "placement=inline", "1 (or"]),
+        ("3", ["placement=pipeline"], ["WORLD_SIZE is 3", "4 or more", "a drafter, a retriever"]),
+        ("5", ["placement.drafter_rank=5"], ["placement.drafter_rank is 5", "between 1 and 4"]),
+        ("2", ["placement.device=cuda:1"], ["placement.device is 'cuda:1'", "auto, cpu or cuda"]),
+    ],
+)
+def test_a_number_of_processes_that_does_not_suit_is_refused(engines, capfd, monkeypatch, world_size, argv, named):
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    assert run.main(argv) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and all(part in err for part in named), err
 
 
 def test_what_the_engine_refuses_is_a_message_too(engines, capfd):

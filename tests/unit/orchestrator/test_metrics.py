@@ -2,6 +2,7 @@
 
 import pytest
 
+from orchestrator.ahead import AheadRecord
 from orchestrator.hierarchy import Round
 from orchestrator.metrics import LevelCounts, Metrics, percentile
 from workers.messages import DRAFTER, RETRIEVAL
@@ -131,3 +132,18 @@ def test_positions_are_rates_of_those_proposed():
 )
 def test_percentile(values, percent, expected):
     assert percentile(values, percent) == expected
+
+
+def test_drafting_ahead_is_counted_without_the_first_round():
+    rounds = triforce_rounds()
+    rounds[0].ahead = AheadRecord(num_steps=3, num_paths=2, is_hit=True, num_tokens=5)
+    rounds[1].ahead = AheadRecord(num_steps=1, num_paths=1)
+    metrics = counted(uses_drafter=True, uses_retrieval=True, rounds=rounds, seconds=[1, 1])
+    assert metrics.speculation()["ahead"] == {
+        "verifications": 2, "hits": 1, "hit_rate": 0.5, "tokens_per_hit": 5.0, "steps": 4, "paths": 3,
+    }  # fmt: skip
+
+
+def test_where_nothing_is_drafted_ahead_there_is_nothing_to_count():
+    metrics = counted(uses_drafter=True, uses_retrieval=True, rounds=triforce_rounds(), seconds=[1, 1])
+    assert metrics.speculation()["ahead"] is None

@@ -159,3 +159,42 @@ def test_after_a_refresh_the_retrieval_draft_reads_only_what_the_verifier_did_no
         before = retriever.model.num_read
         retriever.logits_after([], [])
         assert retriever.model.num_read - before == 1
+
+
+def verifier_with(prompt: list[int], num_commits: int = 0) -> TargetVerifier:
+    verifier = TargetVerifier(WholePrefixModel(), coupling=None)
+    verifier.prefill(prompt, num_commits)
+    return verifier
+
+
+def test_state_is_that_of_a_level_that_came_there_another_way():
+    one, other = verifier_with([1, 2]), verifier_with([1, 2, 0, 1], num_commits=2)
+    first = one.state()
+    one.commit([0])
+    one.state()
+    one.commit([1])
+    one.logits_after([], [])
+    other.logits_after([], [])
+    assert one.state() == other.state() != first
+    one.prefill([1, 2])
+    assert one.state() == first
+
+
+def differs_in_tokens(level: Level) -> None:
+    level.prefill([1, 0, 0])
+
+
+def differs_in_commits(level: Level) -> None:
+    level.num_commits += 1
+
+
+def differs_in_cache(level: Level) -> None:
+    level.logits_after([], [2])
+
+
+@pytest.mark.parametrize("change", [differs_in_tokens, differs_in_commits, differs_in_cache])
+def test_states_differ_with_what_ranks_must_agree_on(change):
+    level, same = verifier_with([1, 2, 0]), verifier_with([1, 2, 0])
+    assert level.state() == same.state()
+    change(level)
+    assert level.state() != same.state()

@@ -69,5 +69,5 @@ def test_another_size_is_refused_with_the_legal_ones(size):
     with pytest.raises(ConfigError) as refused:
         check_size("model.target=some/model", 8, 2, size)
     message = str(refused.value)
-    assert message.startswith(f"placement.tensor_parallel is {size}; it must be one of 1, 2, 4, 6, 8 for ")
+    assert message.startswith(f"the number of verifier ranks is {size}; it must be one of 1, 2, 4, 6, 8 for ")
     assert "model.target=some/model" in message and "2 kv heads of 4 query heads" in message

@@ -175,19 +175,19 @@ def test_checkpoints_in_the_older_format_are_refused(folder, self_check):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     message = refusal(folder, self_check)
-    assert "placement.tensor_parallel is 2" in message and "safetensors" in message
+    assert "the number of verifier ranks is 2" in message and "safetensors" in message
 
 
 def test_quantized_weights_are_refused(folder):
     change_config(folder, quantization_config={"quant_method": "fp8"})
     message = refusal(folder)
-    assert "placement.tensor_parallel is 2; it must be 1" in message and "quantized" in message
+    assert "the number of verifier ranks is 2; it must be 1" in message and "quantized" in message
 
 
 def test_a_size_that_does_not_suit_the_heads_is_refused(folder):
     facts = describe("model.target", str(folder), torch.float32)
     with pytest.raises(
-        ConfigError, match="placement.tensor_parallel is 3; it must be one of 1, 2, 4 for model.target="
+        ConfigError, match="the number of verifier ranks is 3; it must be one of 1, 2, 4 for model.target="
     ):
         facts.sharded(Shard(0, 3))
 

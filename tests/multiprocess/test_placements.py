@@ -1,0 +1,110 @@
+"""Every placement, over real processes under torchrun, generates the tokens of one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from conf.schema import ChunkRule, Coupling, Mode, Overlap, PlacementKind, SamplingConfig
+from tests.multiprocess.torchrun import Case, run_many
+from tests.tiny_models import greedy_tokens, random_prompt
+from tests.tiny_runs import DEVICE, DISK, HOST, engine_for, generate, tiny_run
+from workers.messages import Draft
+
+NUM_TOKENS, PROMPT = 16, random_prompt(150)
+GREEDY = SamplingConfig(temperature=0.0)
+GUMBEL = SamplingConfig(temperature=1.0, top_p=0.9, coupling=Coupling.gumbel)
+MAXIMAL = SamplingConfig(temperature=1.0, top_p=0.9)
+UNEVEN = {"hidden_size": 80, "num_attention_heads": 10, "num_key_value_heads": 5}
+"""On 2 ranks 3 and 2 kv heads, on 4 ranks 2 and three times 1."""
+FOUR_KV_HEADS = {"num_key_value_heads": 4}
+OVERLAPPED = ("greedy_ahead", "greedy_outcomes", "gumbel_ahead", "gumbel_streaming", "gumbel_outcomes")
+FLAT = 1.5
+"""Of the logits' spread: so that a level below is neither always right nor never."""
+
+
+@pytest.fixture(scope="module")
+def cases(checkpoints) -> dict[str, Case]:
+    target, other = checkpoints("llama", logit_spread=FLAT, **FOUR_KV_HEADS), checkpoints("llama", seed=1)
+    uneven, shared = checkpoints("llama", **UNEVEN), checkpoints("llama")
+    # A drafter that is the target itself is right where its window suffices.
+    configs = {
+        "greedy": tiny_run(target, target),
+        "greedy_host": tiny_run(target, other, tier=HOST, rebuild="2"),
+        "greedy_disk": tiny_run(target, target, tier=DISK, rule=ChunkRule.mean_key, rebuild="2"),
+        "greedy_uneven_heads": tiny_run(uneven, uneven, tier=HOST, summary_tokens=0),
+        "gumbel_shared_heads": tiny_run(shared, shared, sampling=GUMBEL),
+        "gumbel_lookup": tiny_run(target, "lookup", Mode.streaming, sampling=GUMBEL),
+        "maximal": tiny_run(target, target, sampling=MAXIMAL),
+        "maximal_retrieval": tiny_run(target, "none", Mode.retrieval, sampling=MAXIMAL, tier=HOST),
+        "greedy_ahead": overlapped(tiny_run(target, target, tier=HOST), Overlap.ahead),
+        "greedy_outcomes": overlapped(tiny_run(target, target, Mode.retrieval), Overlap.outcomes),
+        "gumbel_ahead": overlapped(tiny_run(target, target, sampling=GUMBEL), Overlap.ahead),
+        "gumbel_streaming": overlapped(tiny_run(target, target, Mode.streaming, sampling=GUMBEL), Overlap.outcomes),
+        "gumbel_outcomes": overlapped(tiny_run(target, target, sampling=GUMBEL, tier=DISK), Overlap.outcomes),
+    }
+    return {name: Case(config=config, prompt=PROMPT, num_tokens=NUM_TOKENS, seed=3) for name, config in configs.items()}
+
+
+def overlapped(config, overlap: Overlap):
+    return replace(config, decoding=replace(config.decoding, overlap=overlap))
+
+
+@pytest.fixture(scope="module")
+def wanted(cases) -> dict[str, list[int]]:
+    """Of one process, drafting when nothing else is done."""
+    return {
+        name: generate(overlapped(case.config, Overlap.off), case.prompt, case.num_tokens, case.seed).tokens
+        for name, case in cases.items()
+    }
+
+
+@cache
+def of_transformers(target: str) -> list[int]:
+    return greedy_tokens(Path(target), PROMPT, NUM_TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_processes"),
+    [
+        (PlacementKind.colocated, 1),
+        (PlacementKind.colocated, 2),
+        (PlacementKind.colocated, 4),
+        (PlacementKind.pipeline, 4),
+        (PlacementKind.pipeline, 5),
+    ],
+    ids=["colocated-1", "colocated-2", "colocated-4", "pipeline-1", "pipeline-2"],
+)
+def test_tokens_are_those_of_one_process(tmp_path, cases, wanted, kind, num_processes):
+    results = run_many(tmp_path, kind, num_processes, cases)
+    assert {name: result["tokens"] for name, result in results.items()} == wanted
+    for name, case in cases.items():
+        result = results[name]
+        if name.startswith("greedy"):
+            assert result["tokens"] == of_transformers(case.config.model.target)
+        assert (result["streaming"]["bytes"] > 0) == (case.config.cache.full.tier is not DEVICE), name
+    assert 0 < results["maximal"]["num_accepted"] < results["maximal"]["num_proposed"]
+
+
+@pytest.mark.parametrize("name", OVERLAPPED)
+def test_drafting_ahead_in_one_process_changes_no_token(cases, wanted, name):
+    case = cases[name]
+    assert generate(case.config, case.prompt, case.num_tokens, case.seed).tokens == wanted[name]
+
+
+@pytest.mark.parametrize("mode", [Mode.streaming, Mode.retrieval, Mode.triforce])
+@pytest.mark.parametrize("overlap", list(Overlap))
+def test_who_drafts_for_the_target_names_runners_up_where_they_are_wanted(checkpoints, overlap, mode):
+    target = str(checkpoints("llama"))
+    with engine_for(overlapped(tiny_run(target, target, mode), overlap), PROMPT, NUM_TOKENS) as engine:
+        hierarchy = engine.hierarchy
+        hierarchy.start()
+        hierarchy.round()
+        last = hierarchy.drafter if hierarchy.retriever is None else None
+        draft = hierarchy.retriever.extend([], Draft()).draft if last is None else last.propose([], 2)
+        assert bool(draft.runners_up) == (overlap is Overlap.outcomes)
+        if hierarchy.drafter is not None and hierarchy.retriever is not None:
+            assert not hierarchy.drafter.propose([], 2).runners_up
