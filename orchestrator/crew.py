@@ -55,6 +55,8 @@ STACK_SECONDS = 1.0
 """For workers to write their stacks before they are ended."""
 ROOT_CAUSE_SECONDS = 1.0
 """When a call raised: until the news of another's death is here, which may be why it did."""
+BLAME_SECONDS = 2.0
+"""Longer than between two heartbeats: who waits for others is judged after them, whoever's last progress came first."""
 REPORT_SECONDS = 5.0
 GUARD_ANSWER_SECONDS = 2.0
 
@@ -420,9 +422,9 @@ class Crew:
         if not asked:
             return None
         stalled = self._clock() - max(member.progress_at, min(item.asked_at for item in asked))
-        if stalled <= self.limits.stall_s:
-            return None
         waits = member.beat.waits_for_others
+        if stalled <= self.limits.stall_s + (BLAME_SECONDS if waits else 0.0):
+            return None
         where = member.beat.busy_with or asked[0].what
         return 1 + waits, f"no progress for {stalled:.0f} s in {where}"
 

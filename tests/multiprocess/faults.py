@@ -192,6 +192,17 @@ def second_verifier_raises(rank: int, life: int) -> None:
     _before_a_verification(rank, 4, fail)
 
 
+def drafter_refuses_its_weights(rank: int, life: int) -> None:
+    from conf.schema import ConfigError
+    from launch.roles import RoleBuilder
+
+    def refuse() -> None:
+        raise ConfigError("model.drafter is 'x', whose weights cannot be read") from OSError("injected")
+
+    if rank == PIPELINE_DRAFTER:
+        before(RoleBuilder, "drafter", refuse, call=1)
+
+
 def second_verifier_raises_while_loading(rank: int, life: int) -> None:
     from launch.roles import RoleBuilder
 

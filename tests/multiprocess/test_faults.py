@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -256,10 +255,8 @@ def test_bad_configuration_is_said_once(start):
     assert run.exit_codes[0] == 2
 
 
-def test_weights_that_a_worker_cannot_read_are_said_once(start, models, tmp_path):
-    folder = shutil.copytree(models[1], tmp_path / "drafter")
-    os.truncate(folder / "model.safetensors", 1000)
-    run = start(forked_runs.nothing, f"model.drafter={folder}")
+def test_what_a_worker_refuses_is_said_once_as_the_orchestrator_would(start):
+    run = start(faults.drafter_refuses_its_weights)
     run.wait()
     (line,) = run.errors
     assert line.startswith("tierforce: model.drafter is") and "cannot be read" in line
