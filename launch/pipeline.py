@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,43 +17,52 @@ import torch.distributed as dist
 
 from conf.schema import RunConfig, to_plain
 from launch.engine import Prepared, make_hierarchy, make_pace, make_session, plan_input_for, with_known_budget
-from launch.guard import ENDPOINTS
+from launch.guard import CLOSING_SECONDS, ENDPOINTS
 from launch.rendezvous import publish_endpoints
 from launch.role_process import WEIGHTS, Assignment
 from launch.roles import disk_folder, overlap
 from launch.sizing import FreeBytes
 from orchestrator.crew import PROCESS, Crew, RunFailedError, TimeLimits
 from orchestrator.hierarchy import Hierarchy
-from orchestrator.placement import VERIFIER_ROLE, Placement, Seat, devices_for, sharing_notes
+from orchestrator.placement import RETRIEVER_ROLE, VERIFIER_ROLE, Placement, Seat, devices_for, sharing_notes
 from orchestrator.remote_roles import RemoteDrafter, RemoteRetriever, RemoteVerifier
 from tiers.plan import MemoryPlan, drafter_plan, make_plan, retriever_plan, without_retrieval_cache
 from workers.channel import Endpoints, Hub
-from workers.messages import Attach, Built, MakeReport, Survey
+from workers.messages import Attach, Built, Survey
 from workers.shard import Shard
 
 GUARD_PROGRAM = Path(__file__).with_name("guard.py")
 LOGS = "logs"
+PATIENCE_SECONDS = 2.0
 
 
 class Company:
     """The processes of a run, from the first greeting to the last: the crew, and what it takes to have one."""
 
-    def __init__(self, config: RunConfig, placement: Placement, note: Callable[[str], None]):
+    def __init__(
+        self,
+        config: RunConfig,
+        placement: Placement,
+        note: Callable[[str], None],
+        look_around: Callable[[], None] = lambda: None,
+    ):
+        """`look_around` is called regularly, and may raise to leave what is waited for."""
         self.placement = placement
-        self._folder = Path(tempfile.mkdtemp(prefix="tierforce-"))
         # Ranks of other nodes reach the orchestrator by the address that they found torchrun's store at.
         is_one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
         self._host = None if is_one_node else os.environ["MASTER_ADDR"]
-        self._hub = Hub(self._folder, secrets.token_hex(16), self._host)
+        self._hub = Hub(secrets.token_hex(16), self._host)
         self._guards: list[subprocess.Popen] = []
         self._store: dist.TCPStore | None = None
+        self._meeting_place: dist.Store | None = None
         limits = TimeLimits(
             start_s=config.placement.start_timeout_s,
             stall_s=config.placement.stall_timeout_s,
             draft_s=config.placement.draft_timeout_s,
         )
         self.crew = Crew(self._hub, placement, limits, note)
-        self.crew.look_around = self._check_guards
+        self.crew.look_around = self._look_around
+        self._start_s, self._look_elsewhere = config.placement.start_timeout_s, look_around
 
     @property
     def endpoints(self) -> Endpoints:
@@ -68,10 +76,11 @@ class Company:
                 subprocess.Popen([sys.executable, str(GUARD_PROGRAM)], env=environment, start_new_session=True)
             )
         if len(self.placement.worker_ranks) > len(self._guards):
-            publish_endpoints(self.endpoints)
+            self._meeting_place = publish_endpoints(self.endpoints, self._start_s)
 
-    def _check_guards(self) -> None:
+    def _look_around(self) -> None:
         """torchrun looks after the guards of other ranks."""
+        self._look_elsewhere()
         for guard in self._guards:
             if (exit_code := guard.poll()) is not None:
                 raise RunFailedError("+".join(self.placement.roles_of(0)), 0, f"its guard ended with code {exit_code}")
@@ -91,8 +100,10 @@ class Company:
         """Ends all of them."""
         self.crew.close(at_once=at_once)
         for guard in self._guards:
+            with suppress(subprocess.TimeoutExpired):
+                guard.wait(0 if at_once else CLOSING_SECONDS + PATIENCE_SECONDS)
+            guard.kill()  # and its worker with it, whatever state they are in
             guard.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 @dataclass(kw_only=True)
@@ -103,16 +114,16 @@ class RemoteEngine:
     notes: list[str]
     _crew: Crew
     _plans: dict[int, MemoryPlan]
+    _reports: dict[int, dict[str, Any]] | None = None
 
     def on_prefill_progress(self, callback: Callable[[int, int], None]) -> None:
         self._crew.on_progress = callback
 
     def reports(self) -> dict[int, dict[str, Any]]:
-        """Of every process that is there."""
-        crew = self._crew
-        present = [rank for rank, member in crew.members.items() if not member.is_lost]
-        replies = crew.ask([f"{rank}.{PROCESS}" for rank in present], MakeReport())
-        return dict(zip(present, (reply.result.value for reply in replies), strict=True))
+        """Of every process that is there; asked for once, at the end."""
+        if self._reports is None:
+            self._reports = self._crew.reports()
+        return self._reports
 
     def memory_report(self) -> dict[str, Any]:
         """Sums over all processes, for each tier."""
@@ -126,22 +137,28 @@ class RemoteEngine:
         }
 
     def processes_report(self) -> list[dict[str, Any]]:
-        """What each process is, and has."""
+        """What each process is, and has; of one that is out of order: why it was the last time."""
+        reports = self.reports()
         return [
             {
                 "rank": rank,
-                "roles": self._crew.members[rank].roles,
-                "device": self._crew.members[rank].assignment["device"],
-                "restarts": self._crew.members[rank].num_restarts,
-                "planned_bytes": report["planned_bytes"],
-                "peak_bytes": report["peak_bytes"],
+                "roles": member.roles,
+                "device": member.assignment["device"],
+                "restarts": member.num_restarts,
+                "failed_drafts": reports.get(rank, {}).get("failed_drafts", 0),
+                "is_out_of_order": member.is_lost,
+                "last_failure": member.why_lost or None,
+                "planned_bytes": self._plans[rank].totals,
+                "peak_bytes": reports.get(rank, {}).get("peak_bytes"),
             }
-            for rank, report in self.reports().items()
+            for rank, member in self._crew.members.items()
         ]
 
     def streaming_report(self) -> dict[str, Any]:
         """Of all ranks of the verifier, which stream at the same time: the seconds are those of the slowest."""
         parts = [report["streaming"] for report in self.reports().values() if "streaming" in report]
+        if not parts:
+            return {}
         total = {name: sum(part[name] for part in parts) for name in ("bytes", "damaged_blocks")}
         slowest = {name: max(part[name] for part in parts) for name in ("seconds", "stall_s")}
         rate = total["bytes"] / slowest["seconds"] / 1e9 if slowest["seconds"] else 0.0
@@ -173,7 +190,8 @@ def build_remote(
     devices = devices_for(placement, seats, config.placement.device)
     free = {
         rank: crew.wait(
-            crew.post(f"{rank}.{PROCESS}", Survey(devices[rank], str(disk_folder(config).absolute())))
+            crew.post(f"{rank}.{PROCESS}", Survey(devices[rank], str(disk_folder(config).absolute()))),
+            crew.limits.start_s,
         ).value
         for rank in placement.worker_ranks
     }
@@ -191,13 +209,14 @@ def build_remote(
     if config.tiers.link.gb_per_s is not None:
         notes.append(f"the link from host to device is emulated: {config.tiers.link.gb_per_s:g} GB/s")
 
-    def connect(of_retriever: Built) -> None:
-        if of_retriever.shared:
-            peers = [f"{rank}.{PROCESS}" for rank in placement.verifier_ranks]
-            crew.ask(peers, Attach(of_retriever.shared))
+    def connect(of_retriever: Built) -> bool:
+        if not of_retriever.shared:
+            return True
+        peers = [f"{rank}.{PROCESS}" for rank in placement.verifier_ranks]
+        return all(reply.result.value for reply in crew.ask(peers, Attach(of_retriever.shared)))
 
-    if config.uses_retrieval:
-        connect(built[placement.retriever_ranks[0]])
+    if config.uses_retrieval and not connect(built[placement.retriever_ranks[0]]):
+        raise RunFailedError(RETRIEVER_ROLE, placement.retriever_ranks[0], "the verifier cannot map its memory")
     hierarchy = make_hierarchy(
         config,
         make_session(config, prepared, prompt_ids, max_new_tokens),
@@ -251,6 +270,7 @@ def _assignments(config, prepared, company, seats, devices, plans, seed, max_new
             group=group,
             store=company.store() if shard_size > 1 else None,
             same_host=is_one_machine,
+            start_timeout_s=config.placement.start_timeout_s,
             stall_timeout_s=config.placement.stall_timeout_s,
             update_path=path,
             # A part of the weights is of no use to a retriever that has all of them.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
+import faulthandler
 import logging
 import os
 import signal
 import sys
 import time
-from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,8 @@ import torch.distributed as dist
 
 from conf.schema import RunConfig
 from launch import mps
-from launch.guard import ENDPOINTS, PIPE, same_host
+from launch.engine import memory_shortage_as_config_error
+from launch.guard import ENDPOINTS, FOUND_NOBODY, PIPE, STACKS_SIGNAL, START_TIMEOUT, same_host
 from launch.rendezvous import wait_for_endpoints
 from launch.roles import RoleBuilder
 from orchestrator.placement import DRAFTER_ROLE, RETRIEVER_ROLE, VERIFIER_ROLE
@@ -47,7 +47,8 @@ from workers.update_path import (
 )
 from workers.worker import Worker
 
-PR_SET_PDEATHSIG = 1
+logger = logging.getLogger(__name__)
+
 SHARDED = (VERIFIER_ROLE, RETRIEVER_ROLE)
 RETRIEVAL_CACHE, WEIGHTS = "retrieval_cache", "weights"
 """Names of what processes share; see workers.messages.Built."""
@@ -72,6 +73,7 @@ class Assignment(msgspec.Struct, kw_only=True):
     """Host and port where they find each other."""
     same_host: bool = True
     """All of them are on one machine."""
+    start_timeout_s: float = 600.0
     stall_timeout_s: float = 60.0
     update_path: str = "same_process"
     """same_process, shared_memory or carried; see workers.update_path."""
@@ -93,6 +95,7 @@ class Roles:
         self._arena: SharedArena | None = None
         self._weights: SharedWeights | None = None
         self._prefill = (0, 0)
+        self._sums: ByThread | None = None
         self.is_first_shard = assignment.shard_rank == 0
         self.roles: dict[str, Any] = {}
         self.shared: dict[str, Any] = {}
@@ -155,7 +158,7 @@ class Roles:
     def _all_reduce(self) -> AllReduce:
         """NCCL between GPUs; between processors of one machine shared memory, else gloo. Each role has its own."""
         assignment = self._assignment
-        timeout = timedelta(seconds=assignment.stall_timeout_s)
+        timeout = timedelta(seconds=self._sum_timeout_s)
         host, port = assignment.store
         store = dist.PrefixStore(assignment.group, dist.TCPStore(host, port, is_master=False, timeout=timeout))
         if self.device.type == "cpu" and assignment.same_host and has_ordered_stores():
@@ -168,15 +171,25 @@ class Roles:
             self._group = dist.group.WORLD
             roles = sorted(role for role in assignment.roles if role in SHARDED)
             ways = {role: GroupAllReduce(dist.new_group(timeout=timeout)) for role in roles}
-        return ByThread(ways[VERIFIER_ROLE], ways)
+        self._sums = ByThread(ways[VERIFIER_ROLE], ways)
+        return self._sums
+
+    @property
+    def _sum_timeout_s(self) -> float:
+        """The orchestrator is to find a stall first, and who is to blame; this is for when it is blind to it."""
+        return 2 * self._assignment.stall_timeout_s
 
     def _shared_memory_sum(self, store: dist.Store, role: str) -> SharedMemoryAllReduce:
-        path = Path("/dev/shm", f"tierforce-{os.getuid()}-{os.getpid()}-{role}")
         if self._shard.rank == 0:
-            store.set(role, str(path))
+            file = os.memfd_create("tierforce-sums")  # no name: nothing is left of it, however the ranks end
+            store.set(role, f"/proc/{os.getpid()}/fd/{file}")
         path = Path(store.get(role).decode())
-        limit = self._assignment.stall_timeout_s
-        return SharedMemoryAllReduce(path, self._shard, timeout_seconds=limit, start_timeout_seconds=limit)
+        return SharedMemoryAllReduce(
+            path,
+            self._shard,
+            timeout_seconds=self._sum_timeout_s,
+            start_timeout_seconds=self._assignment.start_timeout_s,
+        )
 
     def _make_retriever(self, target: CausalModel, path: SameProcess | None) -> ReceivingRetriever:
         builder = self._builder
@@ -200,24 +213,35 @@ class Roles:
         group = self._whole.config.get_text_config().num_attention_heads // kv_heads
         return heads.query.start == heads.kv.start * group
 
-    def attach(self, shared: dict[str, Any]) -> None:
-        """The retriever's memory is there: from now on updates are written to it."""
-        part = AttachedPart(shared[RETRIEVAL_CACHE], self._heads().kv.start)
+    def attach(self, shared: dict[str, Any]) -> bool:
+        """The retriever's memory is there: from now on updates are written to it. False: it is gone again."""
+        try:
+            part = AttachedPart(shared[RETRIEVAL_CACHE], self._heads().kv.start)
+        except (OSError, RuntimeError):
+            logger.exception("the retriever's memory cannot be mapped")
+            return False
         cache = self._builder.retrieval_cache(part)
         self._finish_queued()
         self.roles[VERIFIER_ROLE].publisher = IntoItsMemory(cache, writes=self._is_owner())
+        return True
 
     def report(self) -> dict[str, Any]:
         peaks = self._builder.peak_bytes()
         if self._arena is not None and self.device.type == "cpu":
             peaks["device"] += self._arena.peak_bytes
-        report: dict[str, Any] = {"peak_bytes": peaks, "planned_bytes": self._assignment.plan.totals}
+        report: dict[str, Any] = {
+            "peak_bytes": peaks,
+            "failed_drafts": sum(map(_num_failed_drafts, self.roles.values())),
+        }
         if VERIFIER_ROLE in self.roles:
             report["streaming"] = self._builder.streaming_report()
         return report
 
     def progress(self) -> tuple[int, int, int]:
         return sum(model.progress.num_layers for model in self._builder.models), *self._prefill
+
+    def waits_for_others(self) -> bool:
+        return self._sums is not None and bool(self._sums.summing)
 
     def close(self) -> None:
         self._builder.close()
@@ -230,7 +254,14 @@ def build(config: dict[str, Any], assignment: dict[str, Any]) -> Roles:
     assigned = msgspec.convert(assignment, Assignment)
     if assigned.log is not None:
         _log_to(Path(assigned.log))
-    return Roles(msgspec.convert(config, RunConfig), assigned)
+    run_config = msgspec.convert(config, RunConfig)
+    with memory_shortage_as_config_error(run_config):
+        return Roles(run_config, assigned)
+
+
+def _num_failed_drafts(role: Any) -> int:
+    """So many times a drafting role's logits were not finite, and it drafted nothing or less."""
+    return getattr(role, "num_failures", 0)
 
 
 def survey(device: str, disk_folder: str) -> dict[str, int]:
@@ -258,34 +289,34 @@ def _log_to(path: Path) -> None:
         level=logging.INFO,
         force=True,
     )
-
-
-def _die_with_parent() -> None:
-    """Whatever becomes of the guard."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # A handler in C: it shows a thread that never gives the interpreter back, too.
+    faulthandler.register(STACKS_SIGNAL, all_threads=True)
 
 
 def serve(endpoints: Endpoints, rank: int, node: int, *, same_host: bool) -> None:
     """Until the orchestrator ends it."""
     messages, pings = endpoints.for_host(same_host=same_host)
+    pid = endpoints.pid if same_host else None
     num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
     def connect(name: str, *tensors) -> Line:
         return Line(messages, f"{rank}.{name}", endpoints.secret, *tensors, node=node, num_devices=num_devices)
 
-    Worker(connect, partial(PingListener, pings, time.monotonic), survey, build).run()
+    Worker(connect, partial(PingListener, pings, time.monotonic, pid), survey, build).run()
 
 
 def main() -> int:
-    _die_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the orchestrator decides
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if ENDPOINTS in os.environ:
         endpoints = msgspec.json.decode(os.environ[ENDPOINTS], type=Endpoints)
     else:
-        endpoints = wait_for_endpoints()
+        try:
+            endpoints = wait_for_endpoints(float(os.environ[START_TIMEOUT]))
+        except TimeoutError as error:
+            print(f"tierforce: failed in phase start, rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
+            return FOUND_NOBODY
         with os.fdopen(int(os.environ[PIPE]), "wb") as pipe:
             pipe.write(msgspec.json.encode(endpoints) + b"\n")
     serve(endpoints, int(os.environ["RANK"]), int(os.environ.get("GROUP_RANK", "0")), same_host=same_host())

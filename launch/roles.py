@@ -157,6 +157,7 @@ class RoleBuilder:
         cache = StreamingLLMCache(facts.cache_shape, streaming.sinks, streaming.window, slack, self.device_tier)
         self.weight_bytes += facts.num_weight_bytes
         model = load_model(facts, self.device, self_check=config.model.self_check)
+        self.models.append(model)
         coupling = self._coupling(LEVEL_DRAFTER)
         # Where the retrieval draft stands between, it names the runners-up of what it hands on.
         names_runners_up = self._wants_runners_up and not config.uses_retrieval

@@ -26,7 +26,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conf.model_source import model_source
-from conf.schema import LOOKUP_DRAFTER, NO_DRAFTER, ConfigError, PlacementKind, RunConfig, to_plain
+from conf.schema import LOOKUP_DRAFTER, NO_DRAFTER, ConfigError, PlacementConfig, PlacementKind, RunConfig, to_plain
 from launch.guard import Guard
 from launch.overrides import CONFIG_FOLDER, read_config
 from launch.prompt import check_prompt, read_prompt
@@ -89,9 +89,12 @@ class Interruption:
 
     While a round is decoded the first is only noted, so that the session stays whole; elsewhere it raises
     KeyboardInterrupt. torchrun passes a Ctrl-C on to a process that had it already: an echo is no second one.
+    A round that waits for other processes may be left, too, when it takes longer than torchrun's patience.
     """
 
     ECHO_SECONDS = 2.0
+    PATIENCE_SECONDS = 15.0
+    """torchrun kills after 30."""
 
     def __init__(self):
         self.is_requested = self.is_deferred = False
@@ -113,6 +116,11 @@ class Interruption:
         else:
             must_stop_now = now - self._first_at > self.ECHO_SECONDS
         if must_stop_now:
+            raise KeyboardInterrupt
+
+    def check_patience(self) -> None:
+        """Raises KeyboardInterrupt when a round takes too long after the first signal."""
+        if self.is_requested and self.is_deferred and time.monotonic() - self._first_at > self.PATIENCE_SECONDS:
             raise KeyboardInterrupt
 
 
@@ -140,27 +148,31 @@ class Job:
 
     def run(self) -> int:
         """The exit code; raises ConfigError for what cannot be run, anything else for what failed."""
-        report = Report(self.folder)
+        report, code = Report(self.folder), FAILED
         try:
             try:
                 self._load()
                 self._generate(report)
             except KeyboardInterrupt:
                 self.interruption.is_requested = True
-            return self._finish(report)
+            if self.company is not None and self.interruption.is_requested:
+                self.company.crew.check_guards()
+            code = self._finish(report)
+            return code
         finally:
             report.close()
             if self.engine is not None:
                 self.engine.close()
             if self.company is not None:
                 # Whoever waits for the prompt to be read, or for the dead, does not hear that it is over.
-                self.company.close(at_once=self.phase != "report")
+                self.company.close(at_once=code != DONE)
 
     def _load(self) -> None:
         engines = import_module("launch.engine")  # and torch with it: seconds
         placement = place(self.config.placement, world_size())
         if placement.kind is not PlacementKind.inline:
-            self.company = import_module("launch.pipeline").Company(self.config, placement, self.display.note)
+            company = import_module("launch.pipeline").Company
+            self.company = company(self.config, placement, self.display.note, self.interruption.check_patience)
             self.company.start()
         prepared = engines.prepare(self.config)
         prepared.on_locked = self.display.locking
@@ -315,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
     """The program; `argv` without its name."""
     argv = sys.argv[1:] if argv is None else argv
     if os.environ.get("RANK", "0") != "0":
-        return Guard().run()  # the orchestrator, rank 0, tells it all it needs to know
+        return Guard(start_timeout_s(argv)).run()
     # transformers' advice to its callers is no message to the user.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
@@ -325,6 +337,14 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         return refuse(error)
     return run_hydra(argv)
+
+
+def start_timeout_s(argv: list[str]) -> float:
+    """For a rank that looks for the orchestrator: all else there is to know, and what is wrong, that one says."""
+    try:
+        return read_config([item for item in argv if not item.startswith("-")]).placement.start_timeout_s
+    except ConfigError:
+        return PlacementConfig().start_timeout_s
 
 
 def run_hydra(argv: list[str]) -> int:

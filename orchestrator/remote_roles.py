@@ -58,11 +58,20 @@ class _OptionalRole:
         self._members = [crew.members[rank] for rank in ranks]
         self._committed: list[int] = []
         self._num_commits = 0
+        self._is_reading = False
+        # Whose ranks verify, too, is watched as they are: there is no going on without it.
+        self._timeout_s = None if any(member.is_verifier for member in self._members) else crew.limits.draft_s
         crew.on_return[role] = self._on_return
 
     @property
     def is_there(self) -> bool:
+        """It can be told something."""
         return not any(member.is_lost for member in self._members)
+
+    @property
+    def _can_be_asked(self) -> bool:
+        """It has read what there is."""
+        return self.is_there and not self._is_reading
 
     def prefill(self, prompt: list[int]) -> None:
         self._committed, self._num_commits = list(prompt), 0
@@ -74,21 +83,25 @@ class _OptionalRole:
         self._post(Commit(tokens))
 
     def _on_return(self, built: Built) -> None:
-        self._post(Prefill(self._committed, self._num_commits))
+        self._is_reading = True
+        self._post(Prefill(self._committed, self._num_commits), then=self._on_read)
+
+    def _on_read(self, result: Result) -> None:
+        self._is_reading = False
         self._crew.note(f"{self._role} is back")
 
-    def _post(self, request: Request) -> None:
+    def _post(self, request: Request, then: Callable[[Result], None] = lambda result: None) -> None:
         """In order with what is asked later; nobody waits for it."""
         if self.is_there:
             for peer in self._peers:
-                self._crew.post(peer, request, then=lambda result: None)
+                self._crew.post(peer, request, then=then)
 
     def _ask(self, request: Request) -> Result | None:
         """None where the role is out of order."""
-        if not self.is_there:
+        if not self._can_be_asked:
             return None
         try:
-            replies = self._crew.ask(self._peers, request, self._crew.limits.draft_s)
+            replies = self._crew.ask(self._peers, request, self._timeout_s)
         except RoleLostError:
             return None
         return _agreed(self._role, self._peers, request, replies)
@@ -105,9 +118,12 @@ class RemoteDrafter(_OptionalRole):
 
 
 class RemoteRetriever(_OptionalRole):
-    """See orchestrator.hierarchy.RetrieverRole. `on_return(built)` connects a restarted one with the verifier."""
+    """See orchestrator.hierarchy.RetrieverRole.
 
-    def __init__(self, crew: Crew, ranks: tuple[int, ...], on_return: Callable[[Built], None]):
+    `on_return(built)` connects a restarted one with the verifier; False where its memory is gone again.
+    """
+
+    def __init__(self, crew: Crew, ranks: tuple[int, ...], on_return: Callable[[Built], bool]):
         super().__init__(crew, RETRIEVER_ROLE, ranks)
         self._connect, self._returned = on_return, None
 
@@ -117,8 +133,7 @@ class RemoteRetriever(_OptionalRole):
         return nothing if self._returned else self._ask(Extend(after, draft, branch)) or nothing
 
     def needs_rebuild(self) -> bool:
-        if self._returned is not None:
-            self._connect(self._returned)
+        if self._returned is not None and self._can_be_asked and self._connect(self._returned):
             self._returned = None
             return True
         result = self._ask(NeedsRebuild())

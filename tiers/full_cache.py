@@ -330,6 +330,8 @@ class FullCache:
         store.settle(end)
 
     def end(self) -> None:
+        if self._streamer is not None:
+            self._streamer.end()
         self.length += self._num_new
 
     def abort(self) -> None:

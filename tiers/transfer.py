@@ -24,6 +24,7 @@ from typing import Protocol
 import torch
 
 from tiers.base import Tier
+from tiers.errors import DamagedBlockError
 
 COPY_THREAD = "tierforce-stream"
 CATCH_UP_SECONDS = 1e-3
@@ -78,6 +79,16 @@ def _copy_threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix=COPY_THREAD, initializer=lambda: torch.set_num_threads(1))
 
 
+def _read(block: StoredBlock, buffer: torch.Tensor) -> DamagedBlockError | None:
+    """Fills `buffer` with the block; with zeros if it is damaged, and says so."""
+    try:
+        block.read_into(buffer)
+    except DamagedBlockError as error:
+        buffer.zero_()
+        return error
+    return None
+
+
 class CpuBlockStreamer:
     """Copies run ahead of the consumer in threads, by as many blocks as there are buffers."""
 
@@ -93,6 +104,7 @@ class CpuBlockStreamer:
     ):
         self._buffers = [tier.allocate(*block_size, dtype=dtype) for _ in range(num_buffers)]
         self._link, self._threads = link, _copy_threads(num_threads)
+        self._damage: DamagedBlockError | None = None
         self.stats = StreamStats()
         self._blocks: list[torch.Tensor | StoredBlock] = []
         self._num_taken = 0
@@ -118,7 +130,7 @@ class CpuBlockStreamer:
         if isinstance(block, torch.Tensor):
             buffer.copy_(block)
         else:
-            block.read_into(buffer)
+            self._damage = _read(block, buffer) or self._damage
         self._link.pace(began, block.nbytes)
         return buffer, began, time.perf_counter()
 
@@ -136,6 +148,15 @@ class CpuBlockStreamer:
             if self._num_taken + len(self._copies) < len(self._blocks):
                 self._issue()
 
+    def end(self) -> None:
+        """All blocks of the pass were taken. Raises DamagedBlockError for one that zeros have stood for.
+
+        Not before: where ranks compute together, the others would wait for one that leaves the pass.
+        """
+        damage, self._damage = self._damage, None
+        if damage is not None:
+            raise damage
+
     def _count(self, num_bytes: int, began: float, ended: float) -> None:
         """Time in which several copies were under way counts once."""
         self.stats.num_bytes += num_bytes
@@ -148,7 +169,7 @@ class CpuBlockStreamer:
             copy.cancel()
         wait(self._copies)
         self._copies.clear()
-        self._blocks, self._num_taken = [], 0
+        self._blocks, self._num_taken, self._damage = [], 0, None
 
     def close(self) -> None:
         """Ends the copy threads."""
@@ -174,6 +195,7 @@ class CudaBlockStreamer:
     ):
         self._buffers = [tier.allocate(*block_size, dtype=dtype) for _ in range(num_buffers)]
         self._staging, self._threads = staging, _copy_threads(num_threads)
+        self._damage: DamagedBlockError | None = None
         self._device = self._buffers[0].device
         self._copy_stream = torch.cuda.Stream(self._device)
         self._copied = [torch.cuda.Event() for _ in self._buffers]
@@ -219,7 +241,7 @@ class CudaBlockStreamer:
     def _read_and_copy(self, block: StoredBlock, slot: int) -> None:
         with torch.cuda.device(self._device):
             self._copied[slot].synchronize()  # the last copy out of the staging buffer; at first there was none
-            block.read_into(self._staging[slot])
+            self._damage = _read(block, self._staging[slot]) or self._damage
             self._copy(self._staging[slot], slot)
 
     def take(self, count: int) -> Iterator[torch.Tensor]:
@@ -244,6 +266,12 @@ class CudaBlockStreamer:
             self._used[slot].record(compute_stream)
             if self._num_issued < len(self._blocks):
                 self._issue()
+
+    def end(self) -> None:
+        """See CpuBlockStreamer.end."""
+        damage, self._damage = self._damage, None
+        if damage is not None:
+            raise damage
 
     def _finish_read(self, slot: int) -> None:
         """Only when the copy is on its stream can another stream wait for it."""

@@ -68,11 +68,10 @@ def active(forward_pass: ForwardPass, num_new: int):
     token = _ACTIVE.set(forward_pass)
     try:
         yield
+        cache.end()
     except BaseException:
         cache.abort()
         raise
-    else:
-        cache.end()
     finally:
         _ACTIVE.reset(token)
 

@@ -3,18 +3,21 @@
 A message is a msgpack header, typed by workers.messages, and one raw frame for each tensor in it. The orchestrator has
 the `Hub`; every thread of a worker that talks has a `Line` of its own, since zmq's sockets belong to one thread.
 
-The secret keeps strangers and strays of other runs out; it is no encryption. On one host the sockets are files in a
-folder that only the user may enter; over tcp the network must be one's own, as torch.distributed's must.
+The secret keeps strangers and strays of other runs out; it is no encryption. On one host the sockets have no files that
+a killed run could leave behind (Linux's abstract names), and take connections of the same user alone; over tcp the
+network must be one's own, as torch.distributed's must.
 """
 
 from __future__ import annotations
 
 import hmac
+import math
 import os
+import select
 import socket
 import threading
+import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -25,6 +28,7 @@ from workers.messages import PROTOCOL_VERSION, Hello, Message, Ping
 TENSOR = 1
 """The msgpack extension that stands for a frame."""
 LINGER_MS = 2000
+SEND_MS = 1000
 PING_SECONDS = 0.5
 
 
@@ -91,6 +95,8 @@ class Endpoints(msgspec.Struct, kw_only=True):
     """Where a hub is found, and with what secret; what a worker must be told to join a run."""
 
     secret: str
+    pid: int
+    """Of the hub's process."""
     local: str
     """ipc:// addresses for processes of the hub's host..."""
     local_pings: str
@@ -113,20 +119,27 @@ class Hub:
     `tcp_host`: an address of this host that others reach; None if there are no others.
     """
 
-    def __init__(self, folder: Path, secret: str, tcp_host: str | None = None):
+    def __init__(self, secret: str, tcp_host: str | None = None):
         self._context, self._secret = zmq.Context(), secret
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.SNDTIMEO, SEND_MS)  # to a stopped process, whose queue is full
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
         self._identities: dict[str, bytes] = {}
         self._names: dict[bytes, str] = {}
-        os.chmod(folder, 0o700)
-        local, local_pings = (f"ipc://{folder}/{name}" for name in ("hub", "pings"))
+        name = os.urandom(8).hex()
+        local, local_pings = (f"ipc://@tierforce-{name}-{of}" for of in ("hub", "pings"))
         self._pings = _Pings(self._context, local_pings, tcp_host)
+        self._socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
         self._socket.bind(local)
         remote = None if tcp_host is None else _bind_tcp(self._socket, tcp_host)
         self.endpoints = Endpoints(
-            secret=secret, local=local, local_pings=local_pings, remote=remote, remote_pings=self._pings.remote
+            secret=secret,
+            pid=os.getpid(),
+            local=local,
+            local_pings=local_pings,
+            remote=remote,
+            remote_pings=self._pings.remote,
         )
 
     def send(self, peer: str, message: Message) -> None:
@@ -138,16 +151,18 @@ class Hub:
 
     def receive(self, timeout_s: float) -> tuple[str, Message] | None:
         """(peer, message), or None: nothing came in time, or only what must not be heard."""
-        if not self._socket.poll(max(0, int(timeout_s * 1000))):
-            return None
-        identity, *frames = self._socket.recv_multipart()
-        try:
-            message = from_frames(frames)
-        except ChannelError:
-            return None
-        if identity in self._names:
-            return self._names[identity], message
-        return self._greeted(identity, message)
+        deadline = time.monotonic() + timeout_s
+        while self._socket.poll(max(0, int((deadline - time.monotonic()) * 1000))):
+            identity, *frames = self._socket.recv_multipart()
+            try:
+                message = from_frames(frames)
+            except ChannelError:
+                continue
+            if identity in self._names:
+                return self._names[identity], message
+            if greeted := self._greeted(identity, message):
+                return greeted
+        return None
 
     def _greeted(self, identity: bytes, message: Message) -> tuple[str, Message] | None:
         """A first message. Identities are "<peer>#<anything>", so that a restarted peer is another one."""
@@ -239,15 +254,18 @@ class Line:
 
 
 class PingListener:
-    """Whether the orchestrator lives; for one thread."""
+    """Whether the orchestrator lives; for one thread. The end of `pid`, a process of this host, is seen at once."""
 
-    def __init__(self, address: str, clock: Callable[[], float]):
+    def __init__(self, address: str, clock: Callable[[], float], pid: int | None = None):
         self._clock, self._heard_at = clock, clock()
+        self._is_over = (lambda: False) if pid is None else _end_of(pid)
         self._socket = zmq.Context.instance().socket(zmq.SUB)
         self._socket.setsockopt(zmq.SUBSCRIBE, b"")
         self._socket.connect(address)
 
     def seconds_of_silence(self) -> float:
+        if self._is_over():
+            return math.inf
         while self._socket.poll(0):
             self._socket.recv()
             self._heard_at = self._clock()
@@ -255,3 +273,15 @@ class PingListener:
 
     def close(self) -> None:
         self._socket.close(linger=0)
+
+
+def _end_of(pid: int) -> Callable[[], bool]:
+    """Tells whether this process has ended: at once, and though nobody has taken note of it yet (a zombie)."""
+    poll = select.poll()
+    try:
+        poll.register(os.pidfd_open(pid), select.POLLIN)
+    except ProcessLookupError:
+        return lambda: True
+    except OSError:  # a system without such handles: silence will tell
+        return lambda: False
+    return lambda: bool(poll.poll(0))

@@ -47,9 +47,14 @@ class ByThread:
 
     def __init__(self, default: AllReduce, ways: dict[str, AllReduce]):
         self._default, self._ways = default, ways
+        self.summing: set[str] = set()
+        """Threads that are in a sum now, and may wait for other ranks there."""
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
-        self._ways.get(threading.current_thread().name, self._default).all_reduce(tensor)
+        name = threading.current_thread().name
+        self.summing.add(name)
+        self._ways.get(name, self._default).all_reduce(tensor)
+        self.summing.discard(name)  # one that raised goes on waiting, in a way: it never had the others' numbers
 
 
 def has_ordered_stores() -> bool:
@@ -70,9 +75,10 @@ class SharedMemoryAllReduce:
     """
 
     def __init__(self, path: Path, shard: Shard, *, timeout_seconds: float, start_timeout_seconds: float):
-        """Waits for the others, which name the same `path`: a file in /dev/shm that is not there yet.
+        """Waits for the others, which name the same `path`: a file in /dev/shm that is not there yet, of which nothing
+        is left when this returns or raises; or one that never has a name, by its entry in /proc.
 
-        Nothing of it is left when this returns or raises. Raises TimeoutError, and OSError where memory is lacking.
+        Raises TimeoutError, and OSError where memory is lacking.
         """
         assert has_ordered_stores(), f"stores of {platform.machine()} may be seen in another order: use GroupAllReduce"
         self._shard, self._timeout_seconds, self._step = shard, timeout_seconds, 0
@@ -84,7 +90,7 @@ class SharedMemoryAllReduce:
         try:
             self._meet(start_timeout_seconds)
         finally:
-            path.unlink(missing_ok=True)
+            _remove(path)
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Raises TimeoutError, after which no more can be summed."""
@@ -141,10 +147,15 @@ def _map(path: Path, num_bytes: int) -> mmap.mmap:
         os.posix_fallocate(file, 0, num_bytes)  # or a page that is lacking kills the process when it is touched
         return mmap.mmap(file, num_bytes)
     except OSError as error:
-        path.unlink(missing_ok=True)
+        _remove(path)
         if error.errno != errno.ENOSPC:
             raise
         hint = "in Docker --shm-size sets how much there is"
         raise OSError(error.errno, f"{num_bytes >> 20} MiB of shared memory are lacking; {hint}", str(path)) from error
     finally:
         os.close(file)
+
+
+def _remove(path: Path) -> None:
+    if not path.is_relative_to("/proc"):
+        path.unlink(missing_ok=True)

@@ -202,11 +202,11 @@ class Restart(msgspec.Struct, tag=True):
 
 
 class DumpStacks(msgspec.Struct, tag=True):
-    """Orchestrator to worker: write the stacks of all threads to the log."""
+    """Orchestrator to guard: have the worker write the stacks of all its threads to its log."""
 
 
 class Ping(msgspec.Struct, tag=True):
-    """Orchestrator to everyone, regularly: it lives."""
+    """It lives: regularly from the orchestrator to everyone, and from each guard to the orchestrator."""
 
 
 # ---- Worker to orchestrator. ----
@@ -263,6 +263,8 @@ class Beat(msgspec.Struct, tag=True):
     busy_with: str
     done: int = 0
     total: int = 0
+    waits_for_others: bool = False
+    """In a sum over ranks: if it makes no progress, that may be another's fault."""
 
 
 class Ended(msgspec.Struct, tag=True):

@@ -145,6 +145,10 @@ class ReceivingRetriever:
     def __init__(self, retriever, receiver: Receiver):
         self._retriever, self._receiver = retriever, receiver
 
+    @property
+    def num_failures(self) -> int:
+        return self._retriever.num_failures
+
     def prefill(self, prompt: list[int], num_commits: int) -> None:
         self._retriever.prefill(prompt, num_commits)
 

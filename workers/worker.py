@@ -4,14 +4,13 @@
     main              <rank>.process     build, attach shared memory, report, end
     one for a role    <rank>.<role>      what the orchestrator asks of the role, in order
     beat              <rank>.beat        heartbeats with progress; ends the process at once when told to, and when the
-                                         orchestrator is silent: a process that nobody directs must not live on
+                                         orchestrator is gone: a process that nobody directs must not live on
 
 The threads of one process share its weights. Only the main thread builds; a role is idle then.
 """
 
 from __future__ import annotations
 
-import faulthandler
 import logging
 import os
 import sys
@@ -23,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
+from conf.schema import ConfigError
 from workers.background import OwnStream
 from workers.channel import ChannelError, Line, PingListener
 from workers.messages import (
@@ -34,7 +34,6 @@ from workers.messages import (
     Close,
     Commit,
     Draft,
-    DumpStacks,
     Extend,
     Failure,
     InnerStep,
@@ -57,8 +56,8 @@ from workers.tensor_frames import from_raw, to_raw
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 0.5
-MAX_SILENCE_SECONDS = 5.0
-"""Of the orchestrator, ten times its pings."""
+MAX_SILENCE_SECONDS = 4.0
+"""Of the orchestrator on another host, eight times its pings."""
 NOBODY_DIRECTS = 4
 """The exit code of a process whose orchestrator is gone."""
 
@@ -76,10 +75,15 @@ class RoleSet(Protocol):
     device: torch.device
     """On which the roles compute."""
 
-    def attach(self, shared: dict[str, Any]) -> None: ...
+    def attach(self, shared: dict[str, Any]) -> bool:
+        """False where that memory is gone with the process that had it."""
+
     def report(self) -> dict[str, Any]: ...
     def progress(self) -> tuple[int, int, int]:
         """(a count that grows while anything is computed, prefill's tokens done, of all)."""
+
+    def waits_for_others(self) -> bool:
+        """In a sum over ranks."""
 
     def close(self) -> None: ...
 
@@ -181,10 +185,7 @@ class Worker:
         line, pings = self._connect("beat"), self._make_pings()
         while True:
             message = line.receive(BEAT_SECONDS)
-            if isinstance(message, DumpStacks):
-                logger.warning("the run cannot go on; what this process is at:")
-                faulthandler.dump_traceback(all_threads=True)
-            elif isinstance(message, Close):
+            if isinstance(message, Close):
                 if message.at_once:
                     os._exit(0)
                 return line.close()
@@ -199,12 +200,8 @@ class Worker:
             # Loading weights is no count that could stand still: start_timeout_s watches it.
             return Beat(time.monotonic_ns(), busy)
         busy = " ".join([busy, *(thread.busy_with for thread in list(self._threads.values()) if thread.busy_with)])
-        return Beat(*_reordered(role_set.progress(), busy.strip()))
-
-
-def _reordered(progress: tuple[int, int, int], busy: str) -> tuple[int, str, int, int]:
-    count, done, total = progress
-    return count, busy, done, total
+        count, done, total = role_set.progress()
+        return Beat(count, busy.strip(), done, total, role_set.waits_for_others())
 
 
 class _RoleThread:
@@ -258,7 +255,7 @@ def _answer(call: Call, act: Callable[[], Result], state: Callable[[], str] = la
     except Exception as error:  # whatever it is, it must reach the orchestrator, which decides
         logger.exception("%s failed", type(call.request).__name__)
         root = error
-        while root.__cause__ is not None:
+        while root.__cause__ is not None and not isinstance(root, ConfigError):  # which is a message to the user
             root = root.__cause__
         text = (str(root).splitlines() or [""])[0]
         return Failure(call.id, type(root).__name__, text, traceback.format_exc())

@@ -41,6 +41,7 @@ THIRD_PARTY_FENCES = {
 
 CACHES_MAY_IMPORT = {
     "tiers.base",
+    "tiers.errors",
     "tiers.transfer",
     "tiers.full_cache",
     "tiers.chunk_index",

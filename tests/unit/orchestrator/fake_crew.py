@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 from conf.schema import PlacementConfig, PlacementKind
 from orchestrator.crew import BEAT, GUARD, PROCESS, Crew, TimeLimits
 from orchestrator.placement import place
 from workers.channel import ChannelError
-from workers.messages import Beat, Built, Call, Failure, Hello, Message, Plain, Reply, Request
+from workers.messages import Beat, Built, Call, Failure, Hello, Message, Ping, Plain, Reply, Request
 
-LIMITS = TimeLimits(start_s=60, stall_s=20, draft_s=4, silence_s=5)
+LIMITS = TimeLimits(start_s=60, stall_s=20, draft_s=4)
 
 
 class Clock:
@@ -27,11 +28,13 @@ class Clock:
 class FakeHub:
     """`answer(peer, request)`, if it is not None, is the result that a peer gives at once, or what it raises.
 
-    When nothing has come, waiting takes the time that it would; every living process beats meanwhile.
+    When nothing has come, waiting takes the time that it would; every living process beats meanwhile, and its guard.
     """
 
     def __init__(self, clock: Clock):
         self.clock, self.sent = clock, []
+        self.endpoints = SimpleNamespace(remote="tcp://10.0.0.1:5555")
+        self.dead_guards: set[int] = set()
         self.answer: Callable[[str, Request], Any] = lambda peer, request: Plain()
         self.beats: dict[int, Beat | None] = {}
         """By rank; None: it is silent."""
@@ -70,6 +73,8 @@ class FakeHub:
     def receive(self, timeout_s: float) -> tuple[str, Message] | None:
         if not self._inbox and timeout_s:
             self.clock.now += timeout_s
+            for rank in self.beats.keys() - self.dead_guards:
+                self.tell(f"{rank}.{GUARD}", Ping())
             for rank, beat in self.beats.items():
                 if beat is not None:
                     self.tell(f"{rank}.{BEAT}", beat)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 
-from conf.schema import PlacementConfig, PlacementKind
+from conf.schema import ConfigError, PlacementConfig, PlacementKind
 from orchestrator import crew as crew_module
 from orchestrator.crew import BEAT, GUARD, PROCESS, Crew, RoleLostError, RunFailedError
 from orchestrator.placement import place
@@ -19,8 +22,8 @@ from workers.messages import (
     DumpStacks,
     Ended,
     Hello,
-    MakeReport,
     Plain,
+    Prefill,
     Propose,
     Reply,
     Restart,
@@ -71,7 +74,10 @@ def test_who_does_not_come_in_time_is_named():
         for line in (PROCESS, BEAT, GUARD):
             hub.greet(f"{rank}.{line}")
     hub.greet(f"2.{GUARD}")
-    with pytest.raises(RunFailedError, match="2.process, 2.beat not there after 60 s") as failure:
+    hub.beats = {1: Beat(0, ""), 2: SILENT, 3: Beat(0, "")}
+    with pytest.raises(
+        RunFailedError, match="2.process, 2.beat did not come to tcp://10.0.0.1:5555 within 60 s"
+    ) as failure:
         crew.gather()
     assert (failure.value.role, failure.value.rank) == ("retriever", 2)
 
@@ -88,9 +94,9 @@ def test_builds_all_at_once_then_waits():
 def test_a_second_build_waits_for_the_new_lines_of_the_roles():
     crew, hub, _ = fake_crew()
     hub.answer = lambda peer, request: Built([], {})
-    crew.limits.start_s = 1.0
-    crew.build({}, {3: {"roles": ["verifier"]}})
-    assert not hub.knows("3.verifier"), "the line of what was built before must not be taken for the new one"
+    crew.limits = replace(LIMITS, start_s=1.0)
+    with pytest.raises(RunFailedError, match="3.verifier did not come"):
+        crew.build({}, {3: {"roles": ["verifier"]}})
 
 
 def test_what_a_process_raises_while_it_builds_ends_the_run():
@@ -187,7 +193,7 @@ def test_a_lost_drafter_is_restarted_and_the_run_goes_on(way):
     assert crew.members[1].is_lost and not hub.knows(DRAFTER)
     assert (f"1.{GUARD}", Restart()) in hub.sent
     assert len(notes) == 1 and notes[0].startswith("drafter (rank 1) is out of order: " + REASONS[way])
-    assert crew.num_restarts == {"drafter": 1}
+    assert crew.members[1].num_restarts == 1 and REASONS[way] in crew.members[1].why_lost
 
 
 def test_a_call_that_takes_too_long_is_a_loss_though_the_process_lives():
@@ -226,25 +232,80 @@ def test_a_drafter_that_came_back_is_built_again_and_told():
         hub.greet(f"1.{line}", pid=77)
     for _ in range(3):
         crew.pump(0)
+    assert crew.members[1].is_lost and not back, "its role does not listen yet"
+    hub.greet(DRAFTER, pid=77)
+    crew.pump(0)
     assert back == [Built(["again"], {})] and not crew.members[1].is_lost and crew.members[1].pid == 77
     assert [type(request) for request in hub.requests_to("1.process")] == [Build]
 
 
-def test_the_end_of_a_process_before_the_present_one_is_old_news():
+def test_the_end_of_a_process_that_was_given_up_before_is_old_news():
     crew, hub, _ = fake_crew()
-    hub.tell(f"1.{GUARD}", Ended(-9, 12345))
+    hub.tell(f"1.{GUARD}", Ended(-9, 1))
+    hub.tell(f"1.{GUARD}", Ended(-9, 1))
     crew.pump(0)
-    assert not crew.members[1].is_lost
+    assert crew.members[1].num_restarts == 1
+
+
+def test_a_restarted_process_may_die_before_it_says_a_word():
+    crew, hub, _ = fake_crew()
+    hub.tell(f"1.{GUARD}", Ended(-9, 1))
+    hub.tell(f"1.{GUARD}", Ended(-9, 77))
+    crew.pump(0)
+    assert crew.members[1].num_restarts == 2
+
+
+def test_a_restarted_process_that_does_not_come_back_is_restarted_again():
+    crew, hub, notes = fake_crew()
+    hub.tell(f"1.{GUARD}", Ended(-9, 1))
+    crew.pump(0)
+    for _ in range(int(LIMITS.start_s) + 1):
+        crew.pump(1.0)
+    assert crew.members[1].num_restarts == 2 and "not back after 60 s" in notes[-1]
+
+
+def test_what_cannot_be_built_again_does_not_end_the_run():
+    crew, hub, notes = fake_crew()
+    hub.tell(f"1.{GUARD}", Ended(-9, 1))
+    crew.pump(0)
+    hub.answer = raising(p1_process=ConfigError("model.drafter is gone"))
+    hub.greet("1.process", pid=77)
+    for _ in range(3):
+        crew.pump(0)
+    assert crew.members[1].num_restarts == 2 and "model.drafter is gone" in notes[-1]
+
+
+def test_reading_again_is_no_slow_draft():
+    crew, hub, _ = fake_crew()
+    hub.answer = nothing
+    read, call = crew.post(DRAFTER, Prefill([1], 0)), crew.post(DRAFTER, PROPOSE)
+    for step in range(10):
+        hub.beats[1] = Beat(step, "Prefill")
+        crew.pump(1.0)
+    hub.tell(DRAFTER, Reply(read, Plain()))
+    hub.tell(DRAFTER, Reply(call, Plain("draft")))
+    assert crew.wait(call, LIMITS.draft_s) == Plain("draft")
+
+
+def test_without_its_guard_a_drafter_is_not_restarted():
+    crew, hub, notes = fake_crew()
+    hub.dead_guards.add(1)
+    hub.beats[1] = SILENT
+    for _ in range(10):
+        crew.pump(1.0)
+    assert crew.members[1].is_lost and crew.members[1].num_restarts == 0
+    assert len(notes) == 1 and notes[0].endswith("cannot be restarted and stays so, and the run goes on without it")
 
 
 def test_after_so_many_restarts_the_run_goes_on_without():
     crew, hub, notes = fake_crew()
+    pids = itertools.count(1)
     for _ in range(crew_module.MAX_RESTARTS + 1):
-        crew.members[1].is_lost = False
-        hub.tell(f"1.{GUARD}", Ended(1, 1))
+        hub.tell(f"1.{GUARD}", Ended(1, next(pids)))
         crew.pump(0)
     assert sum(message == Restart() for _, message in hub.sent) == crew_module.MAX_RESTARTS
-    assert notes[-1].endswith("going on without it")
+    assert notes[-1].endswith("it stays so, and the run goes on without it")
+    assert hub.sent[-1] == (f"1.{GUARD}", Close(at_once=True)), "what is stuck keeps its memory as long as it lives"
 
 
 # ---- A role without which there is no run. ----
@@ -262,14 +323,86 @@ def test_after_so_many_restarts_the_run_goes_on_without():
 )
 def test_a_lost_verifier_ends_the_run_and_all_write_their_stacks(happens, reason):
     crew, hub, _ = fake_crew()
-    hub.answer = nothing
+    hub.answer, hub.beats[3] = nothing, Beat(7, "Verify", waits_for_others=True)
     happens(hub)
     with pytest.raises(RunFailedError, match=reason) as failure:
-        asked_in_vain(crew, VERIFIERS[0], Commit([1]))
+        crew.ask(VERIFIERS, Commit([1]))
     assert (failure.value.role, failure.value.rank) == ("verifier", 4)
     assert {peer for peer, message in hub.sent if message == DumpStacks()} == {
-        f"{rank}.{BEAT}" for rank in (1, 2, 3, 4)
+        f"{rank}.{GUARD}" for rank in (1, 2, 3, 4)
     }
+
+
+def failure_of(crew) -> RunFailedError:
+    """What ends the run while both ranks of the verifier are asked."""
+    with pytest.raises(RunFailedError) as failure:
+        crew.ask(VERIFIERS, Commit([1]))
+    return failure.value
+
+
+def test_who_waits_for_the_other_in_a_sum_is_not_to_blame():
+    crew, hub, _ = fake_crew()
+    hub.answer = nothing
+    hub.beats |= {3: Beat(7, "Verify", waits_for_others=True), 4: Beat(7, "Verify")}
+    assert failure_of(crew).rank == 4
+
+
+def test_who_is_silent_is_to_blame_before_who_makes_no_progress():
+    crew, hub, _ = fake_crew()
+    hub.answer = nothing
+    hub.beats |= {3: Beat(7, "Verify"), 4: SILENT}
+    assert failure_of(crew).rank == 4
+
+
+def test_what_one_rank_raises_is_not_waited_out_by_the_other():
+    crew, hub, _ = fake_crew()
+    hub.answer = lambda peer, request: None if peer == "3.verifier" else raising(p4_verifier=ValueError("odd"))(peer, 0)
+    began = hub.clock.now
+    assert failure_of(crew).rank == 4
+    assert hub.clock.now - began < 2
+
+
+def test_a_death_is_the_cause_of_what_others_raise_though_it_is_heard_later():
+    crew, hub, _ = fake_crew()
+    hub.answer = raising(p3_verifier=ConnectionError("closed by peer"))
+    hub.answer = lambda peer, request, answer=hub.answer: None if peer == "4.verifier" else answer(peer, request)
+    calls = crew.post_all(VERIFIERS, Commit([1]))
+    crew.pump(0)
+    hub.tell(f"4.{GUARD}", Ended(-9, 4))
+    with pytest.raises(RunFailedError, match="killed by signal 9") as failure:
+        crew.wait_all(calls)
+    assert failure.value.rank == 4
+
+
+def test_an_answer_that_got_lost_is_a_stall():
+    crew, hub, _ = fake_crew()
+    hub.answer = lambda peer, request: None if peer == "4.verifier" else Plain()
+    failure = failure_of(crew)
+    assert failure.rank == 4 and "no progress" in str(failure)
+
+
+def test_a_guard_that_died_is_told_from_a_signal_of_the_user():
+    crew, hub, _ = fake_crew()
+    crew.pump(1.0)
+    crew.check_guards()
+    hub.dead_guards.add(1)
+    with pytest.raises(RunFailedError, match="its guard") as failure:
+        crew.check_guards()
+    assert (failure.value.role, failure.value.rank) == ("drafter", 1)
+
+
+def test_reports_are_of_those_who_answer_in_time():
+    crew, hub, notes = fake_crew()
+    hub.answer = lambda peer, request: None if peer == "4.process" else Plain(peer)
+    assert crew.reports() == {rank: Plain(f"{rank}.process").value for rank in (1, 2, 3)}
+
+
+def test_a_verifier_that_dies_when_all_is_done_is_no_failure():
+    crew, hub, notes = fake_crew()
+    hub.answer = lambda peer, request: None if peer == "4.process" else Plain(peer)
+    hub.tell(f"4.{GUARD}", Ended(-9, 4))
+    assert crew.reports().keys() <= {1, 2, 3}
+    assert "no report of all processes: verifier (rank 4)" in notes[0]
 
 
 def test_a_verifier_that_goes_on_may_take_as_long_as_it_wants():
@@ -308,13 +441,6 @@ def test_close_tells_all_and_closes_the_hub(at_once, lines):
     told = [peer for peer, message in hub.sent if message == Close(at_once)]
     assert told == [f"{rank}.{line}" for rank in (1, 2, 3, 4) for line in lines if f"{rank}.{line}" != f"2.{PROCESS}"]
     assert hub.sent[-1] == ("", None)
-
-
-def test_who_is_gone_cannot_be_asked():
-    crew, hub, _ = fake_crew()
-    hub.forget("3.process")
-    with pytest.raises(RoleLostError, match="cannot be reached"):
-        asked_in_vain(crew, "3.process", MakeReport())
 
 
 def test_strange_peers_do_no_harm():

@@ -53,9 +53,16 @@ def made(role: str, kind: PlacementKind = PlacementKind.pipeline, world_size: in
     crew, hub, notes = fake_crew(kind, world_size)
     hub.answer = answer
     placement, connected = crew.placement, []
+
+    def connect(built: Built) -> bool:
+        connected.append(built)
+        return True
+
     roles = {
         "drafter": lambda: RemoteDrafter(crew, placement.drafter_rank),
-        "retriever": lambda: RemoteRetriever(crew, placement.retriever_ranks, connected.append),
+        "retriever": lambda: RemoteRetriever(
+            crew, placement.retriever_ranks, lambda built: not connected.append(built)
+        ),
         "verifier": lambda: RemoteVerifier(crew, placement.verifier_ranks),
     }
     return roles[role](), crew, hub, connected

@@ -161,7 +161,7 @@ def test_copies_are_made_by_the_copy_thread():
 def test_there_is_no_way_to_a_buffer_but_take():
     streamer, _ = slow_streamer()
     public = {name for name in dir(streamer) if not name.startswith("_")}
-    assert public == {"begin", "take", "cancel", "close", "stats"}
+    assert public == {"begin", "take", "end", "cancel", "close", "stats"}
     assert streamer.begin([]) is None
 
 

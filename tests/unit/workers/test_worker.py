@@ -9,7 +9,6 @@ from functools import partial
 import pytest
 import torch
 
-from workers import worker as worker_module
 from workers.channel import Hub, Line, PingListener
 from workers.messages import (
     Attach,
@@ -20,7 +19,6 @@ from workers.messages import (
     Close,
     Commit,
     Draft,
-    DumpStacks,
     Extend,
     Failure,
     Hello,
@@ -113,12 +111,16 @@ class FakeRoleSet:
 
     def attach(self, shared):
         self.attached.append(shared)
+        return True
 
     def report(self):
         return {"peak_bytes": 3}
 
     def progress(self):
         return (17, 2, 9)
+
+    def waits_for_others(self):
+        return False
 
     def close(self):
         self.is_closed = True
@@ -159,9 +161,9 @@ class Orchestrator:
 
 
 @pytest.fixture
-def orchestrator(tmp_path):
+def orchestrator():
     made.clear()
-    hub = Hub(tmp_path, SECRET)
+    hub = Hub(SECRET)
     messages, pings = hub.endpoints.for_host(same_host=True)
     worker = Worker(
         lambda name, *tensors: Line(messages, f"1.{name}", SECRET, *tensors),
@@ -229,10 +231,3 @@ def test_heartbeats_tell_progress_and_what_it_is_at(orchestrator):
         assert time.monotonic() - began < SECONDS
         orchestrator.take()
     assert orchestrator.beats[-1] == Beat(17, "", 2, 9)
-
-
-def test_stacks_of_all_threads_are_written_on_request(orchestrator, monkeypatch):
-    dumped = threading.Event()
-    monkeypatch.setattr(worker_module.faulthandler, "dump_traceback", lambda all_threads: dumped.set())
-    orchestrator.hub.send("1.beat", DumpStacks())
-    assert dumped.wait(SECONDS)
