@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from conf.schema import LOOKUP_DRAFTER, ConfigError, Dtype, RunConfig
+from conf.schema import LOOKUP_DRAFTER, ConfigError, CudaGraphs, Dtype, RunConfig
 from launch.roles import RoleBuilder, disk_folder
 from launch.sizing import FreeBytes, ModelSize, plan_input, streaming_slack
 from orchestrator.hierarchy import Hierarchy
@@ -56,6 +56,8 @@ def prepare(config: RunConfig) -> Prepared:
         raise ConfigError(
             f"tiers.link.gb_per_s is {config.tiers.link.gb_per_s}; it must be null on {device}, whose link is real"
         )
+    if device.type != "cuda" and config.decoding.cuda_graphs is CudaGraphs.on:
+        raise ConfigError(f"decoding.cuda_graphs is 'on'; it must be auto or off on {device}")
     num_threads = _set_threads(config.placement.threads) if device.type == "cpu" else torch.get_num_threads()
     dtype = _choose_dtype(config.model.dtype, device)
     target = describe("model.target", config.model.target, dtype, config.model.max_positions)

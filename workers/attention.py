@@ -139,8 +139,9 @@ def attend(q, segments, *, first_position, scale, window=None, softcap=None, sin
     num_rows = groups * num_new
     use_flash = num_rows > MATMUL_MAX_ROWS and softcap is None and mass is None
     for segment in segments:
-        if segment.bias is not None:
-            merged.add(*_by_matmul(q.flatten(1, 2), segment.k, segment.v, scale, None, softcap, segment.bias))
+        if segment.bias is not None or segment.hidden is not None:
+            rows = None if segment.hidden is None else segment.hidden.repeat(1, groups, 1)
+            merged.add(*_by_matmul(q.flatten(1, 2), segment.k, segment.v, scale, rows, softcap, segment.bias))
             continue
         for part in _split(segment) if use_flash else [segment]:
             sees = _visibility(part, num_new, first_position, window)
