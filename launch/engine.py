@@ -148,10 +148,7 @@ def build(config: RunConfig, prepared: Prepared, prompt_ids: list[int], max_new_
     """Plans the memory, then loads weights and makes the caches. Raises ConfigError."""
     max_tokens = len(prompt_ids) + max_new_tokens
     config = with_budget_in_context(config, len(prompt_ids), notes := list(prepared.notes))
-    inputs = plan_input_for(
-        config, prepared, max_tokens=max_tokens, max_new_tokens=max_new_tokens, free=_free_bytes(config, prepared)
-    )
-    plan = make_plan(inputs, config.cache)
+    plan = memory_plan(config, prepared, max_tokens, max_new_tokens)
     notes.append(plan.reason)
     with memory_shortage_as_config_error(config):
         sizes = {"seed": seed, "max_new_tokens": max_new_tokens}
@@ -168,6 +165,14 @@ def build(config: RunConfig, prepared: Prepared, prompt_ids: list[int], max_new_
     if builder.link.gb_per_s is not None:
         notes.append(f"the link from host to device is emulated: {builder.link.gb_per_s:g} GB/s")
     return Engine(hierarchy=hierarchy, plan=plan, notes=notes + builder.notes, _builder=builder, _target=target_model)
+
+
+def memory_plan(config: RunConfig, prepared: Prepared, max_tokens: int, max_new_tokens: int) -> MemoryPlan:
+    """For this process, of what is free now. Raises ConfigError."""
+    inputs = plan_input_for(
+        config, prepared, max_tokens=max_tokens, max_new_tokens=max_new_tokens, free=_free_bytes(config, prepared)
+    )
+    return make_plan(inputs, config.cache)
 
 
 @contextmanager

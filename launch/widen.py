@@ -82,6 +82,7 @@ class Widened:
     folder: Path
     shape: ModelShape
     num_bytes: int
+    widening: Widening
 
 
 def widen(config: WidenConfig) -> Widened:
@@ -108,7 +109,7 @@ def widen(config: WidenConfig) -> Widened:
     for path in source.iterdir():
         if path.name == "generation_config.json" or "token" in path.name or path.name == "vocab.json":
             shutil.copyfile(path, folder / path.name)
-    return Widened(folder, wide, num_bytes)
+    return Widened(folder, wide, num_bytes, widening)
 
 
 def wide_shape(config: WidenConfig, small: ModelShape) -> ModelShape:

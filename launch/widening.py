@@ -137,6 +137,15 @@ class Widening:
             # the small ones; its weight there is 1.
             out[self._small.vocab_size :, self._small.hidden_size] = LOWEST_LOGIT * self._share**0.5 / self._constant
 
+    @torch.no_grad()
+    def fill_with_noise(self, model: torch.nn.Module) -> None:
+        """Of a wide model that was loaded, with zeros, to any device: the weights that are free."""
+        noise = None
+        for name, parameter in model.named_parameters():
+            if self.is_free(name):
+                noise = make_noise(self.dtype).to(parameter.device) if noise is None else noise
+                self.fill(name, parameter, noise)
+
     def _fill_norm(self, name: str, out: torch.Tensor) -> None:
         channels = self._small.hidden_size
         weight = self._weights.get(name, torch.ones(channels))  # of a new layer: what it reads does not matter

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property, partial
 
 import torch
@@ -142,6 +144,19 @@ class TargetModel:
 
     def truncate(self, length: int) -> None:
         self._cache.truncate(length)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within it, passes are those of a target without a retrieval level: a baseline on the same cache.
+
+        The retrieval level is to follow, not to be rebuilt, with the first pass afterwards.
+        """
+        observers, self._observers = self._observers, {}
+        self._cache.drop_collections()
+        try:
+            yield
+        finally:
+            self._observers = observers
 
     def _keep_queries(self, layer: int, q, k, v) -> None:
         self.queries[layer] = q

@@ -119,7 +119,8 @@ class CudaRecorder:
                 wanted = run()
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        own_thread = {"capture_error_mode": "thread_local"}
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, self._pool, self._stream, **own_thread):
             result = run()
 
         def replay() -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 
 import pytest
@@ -12,21 +11,17 @@ from conf.schema import ChunkDtype, ConfigError, CudaGraphs, FullCacheTier, Mode
 from launch import engine
 from launch.roles import RoleBuilder
 from tests.recorded_operations import OperationRecorder
-from tests.tiny_models import VOCAB_SIZE, random_prompt
+from tests.recorded_steps import SHAPE, TOLERANCE, compare_drafters, compare_retrieval_drafts
+from tests.tiny_models import random_prompt
 from tests.tiny_runs import DEVICE, HOST, engine_for, generate, run_to_end, tiny_run
-from tiers.base import CacheShape
-from tiers.context_summary import Summary
 from tiers.device_tier import DeviceTier
-from tiers.retrieval_cache import LayerUpdate, RetrievalCache, RetrievalUpdate
 from tiers.streaming_llm_cache import StreamingLLMCache
-from workers.model import RetrievalModel, StreamingModel
+from workers.model import StreamingModel
 from workers.pretrained import describe, load_model
 from workers.recorded import NotRecordableError, RecordedModel, run_anew
 
 CPU = torch.device("cpu")
 RECORDERS = {"replayed": OperationRecorder, "computed anew": lambda: run_anew}
-# Both attend to the same keys in fp32; empty slots only change the order of sums.
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @pytest.fixture(scope="module")
@@ -35,54 +30,10 @@ def model(checkpoints):
     return load_model(describe("model.target", str(checkpoints("llama")), torch.float32), CPU, self_check=False)
 
 
-SHAPE = CacheShape(num_layers=2, num_kv_heads=2, head_dim=8, dtype=torch.float32)
-
-
-def random_update(generator: torch.Generator, length: int, budget: int, num_summaries: list[int]) -> RetrievalUpdate:
-    """As of a rebuild after `length` tokens; layers differ in how many summaries they have."""
-
-    def rows(count: int) -> torch.Tensor:
-        return torch.randn(2, 2, count, 8, generator=generator)
-
-    layers = []
-    for count in num_summaries:
-        positions = torch.arange(length - budget, length).expand(2, -1)
-        summary = Summary(*rows(count), torch.randn(2, count, generator=generator)) if count else None
-        layers.append(LayerUpdate(*rows(budget), positions, summary))
-    return RetrievalUpdate(is_rebuild=True, start=0, length=length, layers=layers)
-
-
 @pytest.mark.parametrize("recorder", RECORDERS)
 def test_retrieval_draft_replays_what_it_would_compute(model, recorder):
-    """Many steps of appends, roll backs, replaced keys and rebuilds."""
     record = RECORDERS[recorder]()
-    caches = [RetrievalCache(SHAPE, 32, 60, 8, DeviceTier(CPU), 40) for _ in range(2)]
-    recorded = RecordedModel(model, caches[0], 4, record)
-    levels = [RetrievalModel(recorded, caches[0]), RetrievalModel(model, caches[1])]
-    choices, generator = random.Random(0), torch.Generator().manual_seed(0)
-    length, num_steps, sizes = 0, 0, set()
-    for _ in range(6):
-        length += 100
-        update = random_update(generator, length, choices.choice([8, 24, 32]), choices.choices([0, 3, 30], k=2))
-        for level in levels:
-            level.load(update)
-        base = length
-        while not levels[0].is_full:
-            count = choices.choice([1, 1, 2, 3, 4, 5])
-            tokens, num_logits = choices.choices(range(VOCAB_SIZE), k=count), choices.randint(1, count)
-            got, wanted = (level.append(tokens, num_logits) for level in levels)
-            torch.testing.assert_close(got, wanted, **TOLERANCE)
-            sizes.add(count)
-            num_steps += 1
-            length = choices.randint(max(base, levels[0].length - 3), levels[0].length)
-            for level in levels:
-                level.truncate(length)
-            if choices.random() < 0.3 and length > base:
-                k, v = torch.randn(2, 2, length - base, 8, generator=generator)
-                true = RetrievalUpdate(is_rebuild=False, start=base, length=length, layers=[LayerUpdate(k, v)] * 2)
-                for level in levels:
-                    level.load(true)
-    assert num_steps > 60 and sizes == {1, 2, 3, 4, 5}
+    compare_retrieval_drafts(model, record)
     if recorder == "replayed":
         assert record.num_recordings == 4, "one for each number of tokens, none for more than may be recorded"
         assert record.num_replays > 50
@@ -90,24 +41,8 @@ def test_retrieval_draft_replays_what_it_would_compute(model, recorder):
 
 @pytest.mark.parametrize("recorder", RECORDERS)
 def test_drafter_replays_what_it_would_compute(model, recorder):
-    """Its window slides and is read anew, tokens are rolled back."""
     record = RECORDERS[recorder]()
-    caches = [StreamingLLMCache(SHAPE, 4, 20, 12, DeviceTier(CPU)) for _ in range(2)]
-    levels = [
-        StreamingModel(RecordedModel(model, caches[0], 3, record), caches[0]),
-        StreamingModel(model, caches[1]),
-    ]
-    choices, prompt = random.Random(1), random_prompt(50)
-    for level in levels:
-        level.prefill(prompt)
-    for _ in range(80):
-        tokens = choices.choices(range(VOCAB_SIZE), k=choices.choice([1, 1, 1, 2, 3, 6]))
-        got, wanted = (level.append(tokens, 1) for level in levels)
-        torch.testing.assert_close(got, wanted, **TOLERANCE)
-        length = levels[0].length - choices.choice([0, 0, 1, 2])
-        for level in levels:
-            level.truncate(length)
-    assert levels[0].length > 100
+    compare_drafters(model, record)
     if recorder == "replayed":
         assert record.num_recordings == 3
 
