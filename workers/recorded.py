@@ -112,15 +112,22 @@ class CudaRecorder:
         """See Recorder. The current stream is waited for, as `run`'s inputs may still be under way there."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            with _Watch():
-                run()
-            for _ in range(NUM_WARM_UPS):
-                wanted = run()
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                with _Watch():
+                    run()
+                for _ in range(NUM_WARM_UPS):
+                    wanted = run()
+        finally:
+            current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         own_thread = {"capture_error_mode": "thread_local"}
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, self._pool, self._stream, **own_thread):
+        with (
+            torch.cuda.device(self._device),
+            torch.inference_mode(False),  # what a graph keeps of the generators' state is to be updated by anybody
+            torch.cuda.graph(graph, self._pool, self._stream, **own_thread),
+            torch.inference_mode(),
+        ):
             result = run()
 
         def replay() -> torch.Tensor:
