@@ -45,6 +45,7 @@ from conf.schema import (
     PromptConfig,
     RetrievalCacheConfig,
     RunConfig,
+    SamplingConfig,
     require,
 )
 from launch.copies import Copies
@@ -54,6 +55,7 @@ from launch.overrides import compose_program
 from launch.prompt import read_prompt
 from launch.widen import Fill, WidenConfig, Widened, widen
 from orchestrator.report import versions
+from tiers.base import Segment
 from tiers.pinned_host_tier import can_pin
 from workers import attention
 from workers.attention import attend
@@ -278,15 +280,16 @@ class Measurement:
         run_config = self._run_config(full, num_tokens, budget, max(gammas))
         prepared = prepare(run_config)
         prompt = read_prompt(run_config.prompt, prepared.tokenizer)
+        began = self._now()
         levels = LevelsInTurns(run_config, prepared, self._target, prompt, max_new_tokens)
         try:
             if self._target is None:
                 self._target = levels.target
                 self._pair[0].widening.fill_with_noise(self._target.hf_model)
-            began = self._now()
+            made = self._now()
+            self._results.note(f"{cell}: weights and caches made in {made - began:.1f} s; {levels.plan.reason}")
             levels.start()
-            seconds = self._now() - began
-            self._results.note(f"{cell}: {len(prompt)} tokens read in {seconds:.1f} s; {levels.plan.reason}")
+            self._results.note(f"{cell}: {len(prompt)} tokens read in {self._now() - made:.1f} s")
             samples: dict[tuple[int, bool] | None, list[Sample]] = {way: [] for way in ways}
             for _ in range(self._config.repetitions):
                 for way in ways:
@@ -306,7 +309,7 @@ class Measurement:
 
     def _run_config(self, full: FullCacheConfig, num_tokens: int, budget: int, gamma2: int) -> RunConfig:
         target, drafter = self._widened()
-        run_config = RunConfig(
+        return RunConfig(
             model=ModelConfig(
                 target=str(target),
                 drafter=str(drafter),
@@ -319,10 +322,9 @@ class Measurement:
             cache=CacheConfig(full=full, retrieval=RetrievalCacheConfig(budget=budget)),
             generation=GenerationConfig(ignore_eos=True),
             prompt=PromptConfig(max_tokens=num_tokens),
+            sampling=SamplingConfig(temperature=self._config.temperature),
             output=str(self._folder),
         )
-        run_config.sampling.temperature = self._config.temperature
-        return run_config
 
     def _widened(self) -> list[Path]:
         """Folders of target and drafter, written at the first call.
@@ -390,8 +392,7 @@ class TokenTimes:
 
 
 def _attend_once(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    segment = attention.Segment(k, v, start=0)
-    return attend(q, [segment], first_position=k.shape[1], scale=q.shape[-1] ** -0.5)
+    return attend(q, [Segment(k, v, start=0)], first_position=k.shape[1], scale=q.shape[-1] ** -0.5)
 
 
 def decoding_rows(samples: dict[tuple[int, bool] | None, list[Sample]]) -> list[dict]:

@@ -161,6 +161,7 @@ class RoleBuilder:
             ("a sliding window", any(facts.windows)),
             ("a rotary embedding that depends on length", model.depends_on_length),
             ("weights on several devices", facts.shard != WHOLE),
+            ("roles in threads of their own", self._random is None),
             ("quantised chunks", not isinstance(cache, RetrievalCache | StreamingLLMCache)),
         ):
             if holds:

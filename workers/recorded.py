@@ -1,7 +1,7 @@
 """A draft level's forward pass, recorded once as a CUDA graph for each number of tokens and replayed at every step.
 
-A pass over a few tokens is some dozen kernels a layer, each of which the host launches: for a 7B model several times as
-long as they take. A graph is launched at once. It repeats the same kernels on the same addresses, so the pass must not
+A pass over a few tokens is dozens of kernels a layer, each of which the host launches, which takes longer than they do.
+A graph is launched at once. It repeats the same kernels on the same addresses, so the pass must not
 depend on anything the host knows: tokens, positions and slots come in a tensor (`_Step`), and the cache is seen with
 all of its slots (tiers.fixed_slots). The same pass runs on a CPU, unrecorded; there it is tested.
 
