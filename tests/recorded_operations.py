@@ -30,20 +30,26 @@ class OperationRecorder:
 
     def __call__(self, run):
         self.num_recordings += 1
-        with _Notes() as notes:
+        with self.notes() as notes:
             result = run()
 
         def replay() -> torch.Tensor:
             self.num_replays += 1
-            for func, args, kwargs, out in notes.calls:
-                again = func(*args, **kwargs)
-                for old, new in zip(tensors_of(out), tensors_of(again), strict=True):
-                    if old.data_ptr() != new.data_ptr():  # not a view, nor in place
-                        assert old.shape == new.shape
-                        old.copy_(new)
+            self.do_again(notes)
             return result
 
         return replay
+
+    notes = _Notes
+
+    @staticmethod
+    def do_again(notes: _Notes) -> None:
+        for func, args, kwargs, out in notes.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tensors_of(out), tensors_of(again), strict=True):
+                if old.data_ptr() != new.data_ptr():  # not a view, nor in place
+                    assert old.shape == new.shape
+                    old.copy_(new)
 
 
 def tensors_of(tree) -> list[torch.Tensor]:

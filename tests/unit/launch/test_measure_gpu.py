@@ -17,22 +17,21 @@ from tests.tiny_runs import DEVICE, HOST, tiny_run
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.mark.parametrize("rebuild", ["adaptive", "1"])
-@pytest.mark.parametrize("tier", [DEVICE, HOST])
+@pytest.mark.parametrize(("tier", "rebuild"), [(DEVICE, "adaptive"), (HOST, "adaptive"), (HOST, "1")])
 def test_ways_in_turns_write_one_text_the_target_s_greedy_one(checkpoints, tier, rebuild):
     folder, drafter, prompt = checkpoints("llama"), checkpoints("llama", seed=3), random_prompt(150)
     config = tiny_run(folder, drafter, tier=tier, rebuild=rebuild)
-    levels = LevelsInTurns(config, engine.prepare(config), None, prompt, 300)
+    levels = LevelsInTurns(config, engine.prepare(config), None, prompt, 250)
     levels.start()
     samples = []
-    for _ in range(3):
+    for _ in range(2):
         samples.append(levels.autoregressive(4))
         samples += [levels.triforce(9, gamma2=gamma2, graphs=graphs) for gamma2 in (3, 6) for graphs in (False, True)]
     tokens = levels._hierarchy.session.generated
     levels.close()
-    assert len(tokens) > 3 * (4 + 4 * 9)
+    assert len(tokens) > 2 * (4 + 4 * 9)
     assert tokens == greedy_tokens(folder, prompt, len(tokens))
-    assert [sample.num_tokens for sample in samples[::5]] == [4, 4, 4]
+    assert [sample.num_tokens for sample in samples[::5]] == [4, 4]
     assert all(sample.num_tokens >= 9 for sample in samples if sample.num_proposed)
     assert all((sample.gb_per_s is not None) == (tier is HOST) for sample in samples)
 

@@ -10,6 +10,7 @@ import torch
 from conf.schema import ChunkDtype, ConfigError, CudaGraphs, FullCacheTier, Mode
 from launch import engine
 from launch.roles import RoleBuilder
+from tests import fake_cuda
 from tests.recorded_operations import OperationRecorder
 from tests.recorded_steps import SHAPE, TOLERANCE, compare_drafters, compare_retrieval_drafts
 from tests.tiny_models import random_prompt
@@ -18,7 +19,7 @@ from tiers.device_tier import DeviceTier
 from tiers.streaming_llm_cache import StreamingLLMCache
 from workers.model import StreamingModel
 from workers.pretrained import describe, load_model
-from workers.recorded import NotRecordableError, RecordedModel, run_anew
+from workers.recorded import CudaRecorder, NotRecordableError, RecordedModel, run_anew
 
 CPU = torch.device("cpu")
 RECORDERS = {"replayed": OperationRecorder, "computed anew": lambda: run_anew}
@@ -36,7 +37,7 @@ def test_retrieval_draft_replays_what_it_would_compute(model, recorder):
     compare_retrieval_drafts(model, record)
     if recorder == "replayed":
         assert record.num_recordings == 4, "one for each number of tokens, none for more than may be recorded"
-        assert record.num_replays > 50
+        assert record.num_replays > 25
 
 
 @pytest.mark.parametrize("recorder", RECORDERS)
@@ -45,6 +46,20 @@ def test_drafter_replays_what_it_would_compute(model, recorder):
     compare_drafters(model, record)
     if recorder == "replayed":
         assert record.num_recordings == 3
+
+
+def test_cuda_s_recorder_warms_up_records_and_replays(model, monkeypatch):
+    """With streams and graphs of a fake: what they do on a card is tests/gpu's."""
+    fake_cuda.install(monkeypatch)
+    compare_drafters(model, CudaRecorder(CPU))
+
+
+def test_cuda_s_recorder_refuses_a_graph_that_computes_something_else(model, monkeypatch):
+    fake_cuda.install(monkeypatch)
+    monkeypatch.setattr(fake_cuda.FakeGraph, "replay", lambda graph: None)
+    results = iter([torch.zeros(1, 4)] * 4 + [torch.eye(4)[:1] * 9])
+    with pytest.raises(RuntimeError, match="set decoding.cuda_graphs=off"):
+        CudaRecorder(CPU)(lambda: next(results))
 
 
 def test_logits_are_the_caller_s_own(model):
