@@ -34,6 +34,7 @@ SHARD_BYTES = 4 << 30
 ALIGNMENT = 64
 NAMES_OF_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 SIZE_KEYS = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "vocab_size")
+SHAPE_KEYS = (*SIZE_KEYS, "ties_embeddings")
 
 
 class Fill(StrEnum):
@@ -58,6 +59,8 @@ class WidenConfig:
     num_heads: int | None = None
     num_kv_heads: int | None = None
     vocab_size: int | None = None
+    ties_embeddings: bool | None = None
+    """Whether the head is the table of embeddings; more vocabulary needs a head of its own."""
     fill: Fill = Fill.zeros
     """zeros: files take next to no place on disk; noise: as hard to compute with as real weights."""
     dtype: Dtype = Dtype.bfloat16
@@ -125,7 +128,7 @@ def wide_shape(config: WidenConfig, small: ModelShape) -> ModelShape:
             max(1, count * shape.head_dim // small.head_dim) for count in (shape.num_heads, shape.num_kv_heads)
         )
         shape = replace(shape, head_dim=small.head_dim, num_heads=heads, num_kv_heads=kv_heads)
-    given = {key: getattr(config, key) for key in SIZE_KEYS if getattr(config, key) is not None}
+    given = {key: getattr(config, key) for key in SHAPE_KEYS if getattr(config, key) is not None}
     return replace(shape, **given)
 
 
