@@ -56,6 +56,14 @@ class Overlap(StrEnum):
     outcomes = "outcomes"
 
 
+class CudaGraphs(StrEnum):
+    """Whether forward passes of the draft levels are recorded and replayed."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
 class ChunkRule(StrEnum):
     """By what the chunks of the retrieval cache are chosen."""
 
@@ -146,6 +154,9 @@ class DecodingConfig:
     overlap: Overlap = Overlap.off
     """What is drafted while the target verifies: off: nothing; ahead: what follows if the whole block is accepted;
     outcomes: what follows each likely outcome, best with sampling.coupling=gumbel."""
+    cuda_graphs: CudaGraphs = CudaGraphs.auto
+    """Record forward passes of drafter and retrieval draft as CUDA graphs, which saves launching their kernels one by
+    one. auto is off: they have not been run on a card yet (docs/gpu.md)."""
 
     def __post_init__(self) -> None:
         for key, value, limit in (("gamma1", self.gamma1, MAX_GAMMA1), ("gamma2", self.gamma2, MAX_GAMMA2)):

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from conf.schema import AUTO, LOOKUP_DRAFTER, ConfigError, Dtype, RunConfig
+from conf.schema import AUTO, LOOKUP_DRAFTER, ConfigError, CudaGraphs, Dtype, RunConfig
 from launch.roles import RoleBuilder, disk_folder
 from launch.sizing import FreeBytes, ModelSize, budgets, gammas1, gammas2, plan_input, streaming_slack
 from orchestrator.hierarchy import Hierarchy
@@ -66,6 +66,8 @@ def prepare(config: RunConfig) -> Prepared:
         raise ConfigError(
             f"tiers.link.gb_per_s is {config.tiers.link.gb_per_s}; it must be null on {device}, whose link is real"
         )
+    if device.type != "cuda" and config.decoding.cuda_graphs is CudaGraphs.on:
+        raise ConfigError(f"decoding.cuda_graphs is 'on'; it must be auto or off on {device}")
     num_threads = _set_threads(config.placement.threads) if device.type == "cpu" else torch.get_num_threads()
     dtype = _choose_dtype(config.model.dtype, device)
     target = describe("model.target", config.model.target, dtype, config.model.max_positions)
@@ -161,11 +163,8 @@ def build(config: RunConfig, prepared: Prepared, prompt_ids: list[int], max_new_
     max_tokens = len(prompt_ids) + max_new_tokens
     pace = make_pace(config, len(prompt_ids))
     config = with_known_budget(config, len(prompt_ids), notes := list(prepared.notes))
-    inputs = plan_input_for(
-        config, prepared, max_tokens=max_tokens, max_new_tokens=max_new_tokens, free=_free_bytes(config, prepared)
-    )
-    plan = make_plan(inputs, config.cache)
-    in_this_process = [plan.totals["host"], plan.totals["device"] if inputs.device_is_host else 0]
+    plan = memory_plan(config, prepared, max_tokens, max_new_tokens)
+    in_this_process = [plan.totals["host"], plan.totals["device"] if prepared.device.type != "cuda" else 0]
     process_planned_bytes = process_bytes()[0] + sum(in_this_process)
     notes.append(plan.reason)
     with memory_shortage_as_config_error(config):
@@ -193,6 +192,14 @@ def build(config: RunConfig, prepared: Prepared, prompt_ids: list[int], max_new_
         _target=target_model,
         _background=background,
     )
+
+
+def memory_plan(config: RunConfig, prepared: Prepared, max_tokens: int, max_new_tokens: int) -> MemoryPlan:
+    """For this process, of what is free now. Raises ConfigError."""
+    inputs = plan_input_for(
+        config, prepared, max_tokens=max_tokens, max_new_tokens=max_new_tokens, free=_free_bytes(config, prepared)
+    )
+    return make_plan(inputs, config.cache)
 
 
 @contextmanager

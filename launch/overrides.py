@@ -44,6 +44,19 @@ def read_config(overrides: list[str]) -> RunConfig:
         raise explained(error, parsed) from None
 
 
+def compose_program(name: str, overrides: list[str], keys: str) -> Any:
+    """The configuration conf/<name>.yaml with these overrides, for a program whose `keys` are documented there.
+
+    Raises ConfigError.
+    """
+    try:
+        with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
+            return OmegaConf.to_object(hydra.compose(name, overrides=overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ConfigError(f"{' '.join(overrides)} was refused: {reason} (keys: {keys})") from None
+
+
 def parse_override(text: str) -> Override:
     key, equals, value = text.partition("=")
     if not key or not (equals or key.startswith("~")):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
-from conf.schema import ChunkRule, Overlap, RunConfig
+from conf.schema import ChunkRule, CudaGraphs, Overlap, RunConfig
 from launch.sizing import PIECE_TOKENS, retrieval_tail_tokens, streaming_slack
 from tiers.attention_mass import AttentionMass
 from tiers.base import BlockShape, CacheShape, Tier
@@ -22,6 +22,7 @@ from tiers.numa import bind_to_node_of
 from tiers.pinned_host_tier import PinnedHostTier, can_pin
 from tiers.plan import MemoryPlan
 from tiers.quantised_retrieval_cache import make_retrieval_cache
+from tiers.retrieval_cache import RetrievalCache
 from tiers.retrieval_selection import RetrievalSelection
 from tiers.streaming_llm_cache import StreamingLLMCache
 from tiers.transfer import BlockWriter, Link, make_streamer
@@ -30,7 +31,9 @@ from workers.drafter import Drafter
 from workers.lookup_drafter import LookupDrafter
 from workers.model import CausalModel, RetrievalModel, StreamingModel, TargetModel
 from workers.pretrained import ModelFacts, load_model
+from workers.recorded import CudaRecorder, RecordedModel, Recorder, run_anew
 from workers.retrieval_drafter import RetrievalDrafter
+from workers.shard import WHOLE
 from workers.shared_weights import load_shared_model
 from workers.target_verifier import TargetVerifier
 
@@ -78,6 +81,7 @@ class RoleBuilder:
         self.link = Link(config.tiers.link.gb_per_s)
         self.full_cache: FullCache | None = None
         self.models: list[CausalModel] = []
+        self.recorded: list[RecordedModel] = []
         self.weight_bytes = 0
         self.pool_scores: Pool = not_pooled
         """Of chunks, over the ranks of a verifier; see tiers.chunk_index.Pool."""
@@ -143,7 +147,8 @@ class RoleBuilder:
     ) -> RetrievalDrafter:
         """Its cache is in `tier`; on the device, if None."""
         cache = self.retrieval_cache(self.device_tier if tier is None else tier)
-        model, coupling = make_model(target, cache), self._coupling(LEVEL_RETRIEVAL)
+        coupling, facts = self._coupling(LEVEL_RETRIEVAL), self.target_facts
+        model = make_model(self._recorded(facts, target, cache), cache)
         return RetrievalDrafter(model, coupling, names_runners_up=self._wants_runners_up)
 
     def drafter(self, facts: ModelFacts | None, vocab_size: int) -> Drafter | LookupDrafter:
@@ -158,10 +163,34 @@ class RoleBuilder:
         self.weight_bytes += facts.num_weight_bytes
         model = load_model(facts, self.device, self_check=config.model.self_check)
         self.models.append(model)
-        coupling = self._coupling(LEVEL_DRAFTER)
+        model, coupling = StreamingModel(self._recorded(facts, model, cache), cache), self._coupling(LEVEL_DRAFTER)
         # Where the retrieval draft stands between, it names the runners-up of what it hands on.
         names_runners_up = self._wants_runners_up and not config.uses_retrieval
-        return Drafter(StreamingModel(model, cache), coupling, vocab_size, names_runners_up=names_runners_up)
+        return Drafter(model, coupling, vocab_size, names_runners_up=names_runners_up)
+
+    def _recorded(self, facts: ModelFacts, model: CausalModel, cache) -> CausalModel | RecordedModel:
+        """`model`, or what replays its passes over `cache`, where that is asked for and can be."""
+        if self.config.decoding.cuda_graphs is not CudaGraphs.on:
+            return model
+        for reason, holds in (
+            ("a sliding window", any(facts.windows)),
+            ("a rotary embedding that depends on length", model.depends_on_length),
+            ("weights on several devices", facts.shard != WHOLE),
+            ("roles in threads of their own", self._random is None),
+            ("quantised chunks", not isinstance(cache, RetrievalCache | StreamingLLMCache)),
+        ):
+            if holds:
+                self.notes.append(f"{facts.key}: no CUDA graphs, because of {reason}")
+                return model
+        # A step reads what is drafted, and the tokens before that the level above brought.
+        max_rows = self.config.decoding.gamma1 + 2
+        self.recorded.append(RecordedModel(model, cache, max_rows, self._recorder))
+        return self.recorded[-1]
+
+    @cached_property
+    def _recorder(self) -> Recorder:
+        """One for all levels: their graphs share memory."""
+        return CudaRecorder(self.device) if self.device.type == "cuda" else run_anew
 
     @property
     def _wants_runners_up(self) -> bool:

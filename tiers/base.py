@@ -107,6 +107,7 @@ class Segment:
     The last `num_new` keys belong to the tokens being read now, which see each other causally. Behind them come
     `num_pad` slots of no meaning but finite: with them the number of keys takes few values (see QUANTUM).
     `bias` [H, N] is added to the scores of every query: the logarithm of how many tokens a key stands for.
+    `hidden` [1 or H, T, N], true where a new token must not see a key, stands for all that: positions do not matter.
     """
 
     k: torch.Tensor
@@ -116,6 +117,7 @@ class Segment:
     num_new: int = 0
     num_pad: int = 0
     bias: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
 
 
 class KVCache(Protocol):

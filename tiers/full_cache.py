@@ -337,7 +337,7 @@ class FullCache:
     def abort(self) -> None:
         if self._streamer is not None:
             self._streamer.cancel()
-        self._collections.clear()
+        self.drop_collections()
         self.truncate(self.length)
 
     def truncate(self, length: int) -> None:
@@ -348,7 +348,7 @@ class FullCache:
 
     def reset(self) -> None:
         self.truncate(0)
-        self._collections.clear()
+        self.drop_collections()
 
     def read(self, layer: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [H, end - start, D] of these tokens, on the device."""
@@ -362,6 +362,10 @@ class FullCache:
     def collect(self, layer: int, chunk_ids: torch.Tensor, chunk_size: int, out: torch.Tensor) -> None:
         """The next pass is to copy these chunks of a layer in blocks, whose tokens are final; see Collection."""
         self._collections[layer] = Collection(chunk_ids, chunk_size, self._layers[layer].block_tokens, out)
+
+    def drop_collections(self) -> None:
+        """The next pass copies no chunks."""
+        self._collections.clear()
 
     @property
     def has_collected(self) -> bool:

@@ -59,7 +59,7 @@ class RetrievalCache:
         self._positions = tier.allocate(shape.num_layers, shape.num_kv_heads, size[3], dtype=torch.int64).zero_()
         summary_size = (shape.num_layers, 2, shape.num_kv_heads, padded(num_summaries), shape.head_dim)
         self._summary_kv = tier.allocate(*summary_size, dtype=shape.dtype).zero_()
-        self._summary_bias = tier.allocate(shape.num_layers, *summary_size[2:4], dtype=torch.float32)
+        self._summary_bias = tier.allocate(shape.num_layers, *summary_size[2:4], dtype=torch.float32).fill_(-torch.inf)
         self._slack = slack
         self.reset()
 
@@ -74,6 +74,21 @@ class RetrievalCache:
 
     def _slot(self, position: int) -> int:
         return self._num_retrieved + position - self.base
+
+    @property
+    def next_slot(self) -> int:
+        """See tiers.fixed_slots.SlotCache."""
+        return self._slot(self.length)
+
+    def slots(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See tiers.fixed_slots.SlotCache."""
+        k, v = self._kv[layer]
+        return k, v
+
+    def summaries(self, layer: int) -> Segment | None:
+        """See tiers.fixed_slots.SlotCache."""
+        k, v = self._summary_kv[layer]
+        return Segment(k, v, start=0, bias=self._summary_bias[layer]) if k.shape[1] else None
 
     def load(self, update: RetrievalUpdate) -> None:
         """Takes a rebuild, or replaces drafted keys and values by the verifier's."""
@@ -112,7 +127,7 @@ class RetrievalCache:
             self._summary_kv[layer, 0, :, :count] = summary.k
             self._summary_kv[layer, 1, :, :count] = summary.v
             self._summary_bias[layer, :, :count] = summary.log_count
-            self._summary_bias[layer, :, count:] = -torch.inf  # padding
+        self._summary_bias[layer, :, count:] = -torch.inf  # padding
 
     def begin(self, num_new: int) -> None:
         end = self._slot(self.length + num_new)

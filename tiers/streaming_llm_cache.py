@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from tiers.base import CacheShape, Segment, Tier
 from tiers.full_cache import DeviceLayer
 
@@ -43,11 +45,24 @@ class StreamingLLMCache:
         """The slot of the token at `position` of the sequence (a sink or in the window)."""
         return position if position < self.sinks else self.sinks + position - self.window_start
 
+    @property
+    def next_slot(self) -> int:
+        """See tiers.fixed_slots.SlotCache."""
+        return self.length
+
+    def slots(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See tiers.fixed_slots.SlotCache."""
+        k, v = self._layers[layer].kv
+        return k, v
+
+    def summaries(self, layer: int) -> None:
+        """There are none; see tiers.fixed_slots.SlotCache."""
+
     def begin(self, num_new: int) -> None:
         assert self.length + num_new <= self.capacity, f"{self.length} + {num_new} of {self.capacity} slots"
         self._num_new = num_new
 
-    def append(self, layer: int, k, v) -> None:
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         self._layers[layer].append(self.length, k, v)
 
     def segments(self, layer: int) -> Iterator[Segment]:

@@ -24,6 +24,9 @@ from tiers.base import KVCache, Segment
 ATTENTION_NAME = "tierforce"
 MATMUL_MAX_ROWS = 64
 SCORES_MAX_BYTES = 64 << 20
+CUDA_SCORES_MAX_BYTES = 256 << 20
+"""More slices of rows read all keys more often, and that is what attention takes time for on a GPU."""
+FLASH_CAPABILITY = (8, 0)
 
 
 @dataclass(slots=True)
@@ -138,8 +141,9 @@ def attend(q, segments, *, first_position, scale, window=None, softcap=None, sin
     num_rows = groups * num_new
     use_flash = num_rows > MATMUL_MAX_ROWS and softcap is None and mass is None
     for segment in segments:
-        if segment.bias is not None:
-            merged.add(*_by_matmul(q.flatten(1, 2), segment.k, segment.v, scale, None, softcap, segment.bias))
+        if segment.bias is not None or segment.hidden is not None:
+            rows = None if segment.hidden is None else segment.hidden.repeat(1, groups, 1)
+            merged.add(*_by_matmul(q.flatten(1, 2), segment.k, segment.v, scale, rows, softcap, segment.bias))
             continue
         for part in _split(segment) if use_flash else [segment]:
             sees = _visibility(part, num_new, first_position, window)
@@ -222,7 +226,8 @@ def _by_matmul(q_HRD, k, v, scale, mask, softcap, bias=None, chunks=None):
     there is a third: what share of these keys' attention each of the chunks got, [H, R, chunks].
     """
     row_bytes = k.shape[0] * k.shape[1] * 4
-    rows_at_once = max(1, SCORES_MAX_BYTES // row_bytes)
+    max_bytes = CUDA_SCORES_MAX_BYTES if k.device.type == "cuda" else SCORES_MAX_BYTES
+    rows_at_once = max(1, max_bytes // row_bytes)
     if q_HRD.shape[1] > rows_at_once:
         pieces = [
             _by_matmul(
@@ -270,7 +275,7 @@ def _by_flash(q, k, v, scale, is_causal):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q_1HRD, k, v, is_causal=is_causal, scale=scale
         )
-    elif q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256:
+    elif _can_flash(q.device, q.dtype, q.shape[-1]):
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             q_1HRD, k, v, is_causal=is_causal, scale=scale
         )
@@ -281,6 +286,13 @@ def _by_flash(q, k, v, scale, is_causal):
         lse = lse[..., : q_1HRD.shape[2]]  # padded by the kernel
     dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
     return out[0].to(dtype), lse[0, ..., None].to(dtype)
+
+
+@lru_cache
+def _can_flash(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    """CUDA's flash kernel, called past the checks of torch's own attention, takes these."""
+    has_kernel = torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
+    return has_kernel and dtype in (torch.float16, torch.bfloat16) and dim <= 256 and dim % 8 == 0
 
 
 class _Merged:

@@ -47,12 +47,12 @@ class LayerMajor:
         """
         num_layers, num_tokens = len(self._layers), len(tokens)
         hidden = make_hidden(num_tokens, self._hidden_size) if num_layers > 1 else None
+        input_ids = torch.tensor([tokens], device=self._device)  # once: on CUDA the host waits for it
         for layer in range(num_layers):
             cache = make_layer_cache(layer)
             for start in range(0, num_tokens, piece_tokens):
-                piece = tokens[start : start + piece_tokens]
-                states, arguments = self._arguments(layer, piece, start)
-                rows = slice(start, start + len(piece))
+                rows = slice(start, min(start + piece_tokens, num_tokens))
+                states, arguments = self._arguments(layer, input_ids[:, rows], start)
                 if layer:
                     states = hidden[rows].to(self._device, non_blocking=True)[None]
                 out = self._through(layer, states, arguments, cache, observe, layer == num_layers - 1)
@@ -72,10 +72,9 @@ class LayerMajor:
                 return None
         return out[0] if isinstance(out, tuple) else out
 
-    def _arguments(self, layer: int, piece: list[int], start: int) -> tuple[torch.Tensor, tuple[tuple, dict]]:
+    def _arguments(self, layer: int, input_ids: torch.Tensor, start: int) -> tuple[torch.Tensor, tuple[tuple, dict]]:
         """The embedded piece [1, T, hidden size], and what the decoder would give `layer` beside hidden states."""
-        input_ids = torch.tensor([piece], device=self._device)
-        position_ids = torch.arange(start, start + len(piece), device=self._device)[None]
+        position_ids = torch.arange(start, start + input_ids.shape[1], device=self._device)[None]
         with self._noted() as notes:
             self._decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         (embedded, *_), _ = notes[0]

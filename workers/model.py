@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property, partial
 
 import torch
@@ -45,11 +47,31 @@ class CausalModel:
         first = cache.length
         input_ids = torch.tensor([tokens], device=self.device)
         position_ids = torch.arange(first, first + len(tokens), device=self.device)[None]
-        with active(ForwardPass(cache, first, **observers, progress=self.progress), len(tokens)):
+        return self.read(input_ids, position_ids, cache, num_logits, first_position=first, **observers)
+
+    def read(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        cache,
+        num_logits: int,
+        first_position: int = 0,
+        **observers,
+    ) -> torch.Tensor:
+        """`forward` of what is on the device, [1, T] each, in inference mode.
+
+        The first position matters where the cache's segments have positions.
+        """
+        with active(ForwardPass(cache, first_position, **observers, progress=self.progress), input_ids.shape[1]):
             output = self.hf_model(
                 input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=num_logits
             )
         return output.logits[0]
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Its rotary tables are made on the host, as positions come."""
+        return self._rotary_table is not None
 
 
 class TargetModel:
@@ -122,6 +144,19 @@ class TargetModel:
 
     def truncate(self, length: int) -> None:
         self._cache.truncate(length)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within it, passes are those of a target without a retrieval level: a baseline on the same cache.
+
+        The retrieval level is to follow, not to be rebuilt, with the first pass afterwards.
+        """
+        observers, self._observers = self._observers, {}
+        self._cache.drop_collections()
+        try:
+            yield
+        finally:
+            self._observers = observers
 
     def _keep_queries(self, layer: int, q, k, v) -> None:
         self.queries[layer] = q

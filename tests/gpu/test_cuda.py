@@ -15,6 +15,7 @@ import transformers
 
 from conf.schema import (
     CacheConfig,
+    CudaGraphs,
     DecodingConfig,
     Dtype,
     FullCacheConfig,
@@ -394,12 +395,12 @@ def greedy_on_cuda(folder) -> list[int]:
     return out[0, len(PROMPT) :].tolist()
 
 
-def generate(folder, mode: Mode, drafter: str, **full) -> list[int]:
+def generate(folder, mode: Mode, drafter: str, graphs: CudaGraphs = CudaGraphs.off, **full) -> list[int]:
     from launch.engine import build, prepare
 
     config = RunConfig(
         model=ModelConfig(target=str(folder), drafter=drafter, dtype=Dtype.float32),
-        decoding=DecodingConfig(mode=mode, gamma1=2, gamma2=6),
+        decoding=DecodingConfig(mode=mode, gamma1=2, gamma2=6, cuda_graphs=graphs),
         cache=CacheConfig(
             full=FullCacheConfig(**full),
             retrieval=RetrievalCacheConfig(budget=64),

@@ -32,7 +32,7 @@ THIRD_PARTY_FENCES = {
         "launch/train_demo.py",
     ),
     "tokenizers": ("launch/train_demo.py", "launch/demo_corpus.py"),
-    "safetensors": ("workers/pretrained.py", "workers/sharded_weights.py"),
+    "safetensors": ("workers/pretrained.py", "workers/sharded_weights.py", "launch/widen.py"),
     "accelerate": ("workers/sharded_weights.py",),
     "psutil": ("tiers/memory.py",),
     "xxhash": ("tiers/checksum.py",),
