@@ -143,9 +143,7 @@ class RoleBuilder:
         streaming = config.cache.streaming
         slack = streaming_slack(config)
         cache = StreamingLLMCache(facts.cache_shape, streaming.sinks, streaming.window, slack, self.device_tier)
-        self.weight_bytes += facts.num_weight_bytes
-        model = load_model(facts, self.device, self_check=config.model.self_check)
-        return Drafter(StreamingModel(model, cache), self._coupling(LEVEL_DRAFTER), vocab_size)
+        return Drafter(StreamingModel(self._load(facts), cache), self._coupling(LEVEL_DRAFTER), vocab_size)
 
     @property
     def _wants_runners_up(self) -> bool:
