@@ -30,7 +30,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conf.schema import ConfigError, DecodingConfig, FullCacheTier, RunConfig, to_plain
-from launch.bench_config import BenchConfig, contender_config, read_bench_config
+from launch.bench_config import BenchConfig, most_per_round, read_bench_config
 from launch.bench_report import FAILED, SKIPPED, Row, compare, make_table, write_csv, write_json
 from launch.prompt import read_prompt
 from launch.run import DONE, INTERRUPTED, check_start, refuse
@@ -138,8 +138,8 @@ class Bench:
 
     def _make_cell(self, context: int, config: RunConfig):
         """Raises ConfigError."""
-        runs = [contender_config(name, text, config) for name, text in self.config.contenders.items()]
-        most_late = max((run.decoding.gamma1 + run.decoding.gamma2 + 1 for run in runs), default=0)
+        # The last turn may end late, too.
+        most_late = max(map(most_per_round, self.config.runs_of_ours(config).values()), default=0)
         num_new = 1 + (1 + self.config.repetitions) * config.generation.max_new_tokens + most_late
         if context <= num_new:
             raise ConfigError(f"grid.contexts has {context}; it must be above the {num_new} tokens that are generated")
@@ -161,10 +161,9 @@ class Bench:
 
     def _entries(self, cell, shared, tier: FullCacheTier) -> list[Entry]:
         entries = []
-        for name, text in self.config.contenders.items():
-            if self.config.runs(name):
-                ours = self.contenders.OurEngine(cell=cell, config=contender_config(name, text, cell.config))
-                entries.append(Entry(row=Row(name=name, settings=text), contender=ours))
+        for name, config in self.config.runs_of_ours(cell.config).items():
+            row = Row(name=name, settings=self.config.contenders[name])
+            entries.append(Entry(row=row, contender=self.contenders.OurEngine(cell=cell, config=config)))
         keeps_on_device = tier in (FullCacheTier.device, FullCacheTier.auto)
         for name in self.config.peers:
             fits_tier = tier is FullCacheTier.host if name == OFFLOADED_PEER else keeps_on_device

@@ -99,13 +99,24 @@ class BenchConfig(RunConfig):
         require(self.repetitions >= 1, "repetitions", self.repetitions, ">= 1, for example 3")
         legal = self.placement.kind in (PlacementKind.auto, PlacementKind.inline)
         require(legal, "placement.kind", self.placement.kind, "auto or inline: all contenders run in one process")
-        for name, overrides in self.contenders.items():
-            contender_config(name, overrides, self.run_config)
+        generation, peer = self.generation, self.peer
+        require(not generation.stop, "generation.stop", generation.stop, "empty: all contenders write as much")
+        require(generation.ignore_eos, "generation.ignore_eos", False, "true: all contenders write as much")
+        of_peers = (peer.num_assistant_tokens + 1, peer.prompt_lookup_num_tokens + 1)
+        most = max(*of_peers, *map(most_per_round, self.runs_of_ours().values()))
+        rule = f"above {most}, what a round of some contender may bring"
+        legal = generation.max_new_tokens > most
+        require(legal, "generation.max_new_tokens", generation.max_new_tokens, rule)
 
     @property
     def run_config(self) -> RunConfig:
         """What is of a run in it."""
         return RunConfig(**{item.name: getattr(self, item.name) for item in fields(RunConfig)})
+
+    def runs_of_ours(self, base: RunConfig | None = None) -> dict[str, RunConfig]:
+        """Of the contenders, by name; on `base`, if it is not this configuration itself. Raises ConfigError."""
+        base = base or self.run_config
+        return {name: contender_config(name, text, base) for name, text in self.contenders.items() if self.runs(name)}
 
     def runs(self, name: str) -> bool:
         return not self.only or name in self.only
@@ -116,7 +127,23 @@ ConfigStore.instance().store(name="bench_schema", node=BenchConfig)
 
 def read_bench_config(overrides: list[str]) -> BenchConfig:
     """Raises ConfigError."""
-    return compose("bench", overrides, "conf/schema.py, launch/bench_config.py")
+    return compose("bench", [_quoted(text) for text in overrides], "conf/schema.py, launch/bench_config.py")
+
+
+def _quoted(text: str) -> str:
+    """Hydra wants a value that has an equals sign in quotes, and a plus before a new name."""
+    key, _, value = text.partition("=")
+    if not key.startswith("contenders."):
+        return text
+    if value[:1] in ("'", '"'):
+        return f"++{text}"
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'++{key}="{escaped}"'
+
+
+def most_per_round(config: RunConfig) -> int:
+    """Tokens that one round can bring."""
+    return config.decoding.gamma1 + config.decoding.gamma2 + 1
 
 
 def contender_config(name: str, overrides: str, base: RunConfig) -> RunConfig:

@@ -49,14 +49,15 @@ class Row:
         return median(self.samples_ms) if self.samples_ms else None
 
     def to_plain(self) -> dict[str, Any]:
-        samples = self.samples_ms
-        spread = {"median": self.tbt_ms, "min": min(samples), "max": max(samples), "samples": samples}
+        samples, spread = self.samples_ms, None
+        if samples:
+            spread = {"median": self.tbt_ms, "min": min(samples), "max": max(samples), "samples": samples}
         return {
             "contender": self.name,
             "settings": self.settings,
             "status": self.status,
             "reason": self.reason,
-            "tbt_ms": spread if samples else None,
+            "tbt_ms": spread,
             "ratio": self.ratio,
             "tokens_per_s": 1000 / self.tbt_ms if samples else None,
             "ttft_s": self.ttft_s,
@@ -100,7 +101,7 @@ def make_table(title: str, rows: list[Row]) -> Table:
 
 def cells(row: Row) -> list[str]:
     """As text, for one line of the table."""
-    if row.status != OK:
+    if row.status != OK or not row.samples_ms:
         return [row.status, *[""] * 7]
     speculation, outside = row.facts.get("speculation"), row.facts.get("outside")
     per_verification = speculation["tokens_per_verification"] if speculation and speculation["levels"] else None

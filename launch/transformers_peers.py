@@ -166,10 +166,10 @@ class Gate(BaseStreamer):
             self._changed.notify_all()
 
     def let_through(self, count: int) -> list[int]:
-        """At least `count` more tokens, unless they end before."""
+        """Until `count` more are there. A round may bring more than that, and the next call waits for as many less."""
         with self._changed:
             num_before = len(self.tokens)
-            self._wanted = num_before + count
+            self._wanted += count
             self._changed.notify_all()
             self._changed.wait_for(lambda: len(self.tokens) >= self._wanted or self.is_over)
             return self.tokens[num_before:]
