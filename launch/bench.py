@@ -12,244 +12,20 @@ codes: 0 done; 1 some contender failed, the others were measured; 2 bad configur
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
-import time
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conf.schema import ConfigError, DecodingConfig, FullCacheTier, RunConfig, to_plain
-from launch.bench_config import BenchConfig, most_per_round, read_bench_config
-from launch.bench_report import FAILED, SKIPPED, Row, compare, make_table, write_csv, write_json
-from launch.prompt import read_prompt
-from launch.run import DONE, INTERRUPTED, check_start, refuse
-from launch.session_run import make_seed
-from orchestrator.report import installed_version, versions
+from conf.schema import ConfigError
+from launch.bench_config import read_bench_config
+from launch.run import DONE, FAILED, INTERRUPTED, check_start, refuse
 
-JSON_FILE, CSV_FILE, FAILURES = "bench.json", "bench.csv", "failures.log"
-OTHER_PACKAGES = {"llama_cpp_python": "llama-cpp-python", "gguf": "gguf", "accelerate": "accelerate"}
-OFFLOADED_PEER = "transformers_offloaded"
 PIPED_WIDTH = 120
-KEPT_FREE = 0.1
-"""Of the memory that is free before a cell."""
-
-
-@dataclass(kw_only=True)
-class Entry:
-    """A contender and what it showed."""
-
-    row: Row
-    contender: Any
-    num_bytes: int = 0
-
-    @property
-    def runs(self) -> bool:
-        return self.row.status not in (SKIPPED, FAILED)
-
-
-@dataclass(kw_only=True)
-class Bench:
-    """All cells of the grid, one after the other."""
-
-    config: BenchConfig
-    folder: Path
-    console: Console
-    argv: list[str]
-    cells: list[dict[str, Any]] = field(default_factory=list)
-    num_failed: int = 0
-
-    def run(self) -> int:
-        """The exit code; raises ConfigError before anything is measured."""
-        engines = import_module("launch.engine")  # and torch with it: seconds
-        machine = import_module("launch.machine")
-        self.contenders, self.memory = import_module("launch.contenders"), import_module("tiers.memory")
-        self.peers = import_module("launch.peers")
-        self.prepare, self.seed = engines.prepare, make_seed(self.config)
-        base = replace(self.config.run_config, decoding=DecodingConfig(), output=str(self.folder))
-        prepared = self.prepare(base)
-        # Found once: `auto` looks for idle cores, and would look again for each contender.
-        self.base = replace(base, placement=replace(base.placement, threads=str(prepared.num_threads)))
-        self.trained_positions = prepared.max_positions
-        packages = {name: installed_version(distribution) for name, distribution in OTHER_PACKAGES.items()}
-        self.record = {
-            "program": "bench",
-            "argv": self.argv,
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seed": self.seed,
-            "versions": versions() | packages,
-            "machine": machine.describe_machine(prepared.device),
-            "environment": {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "MKL_"))},
-            "config": to_plain(self.config),
-            "cells": self.cells,
-        }
-        self.console.print(", ".join(prepared.notes), highlight=False)
-        for place in self.config.grid.cells():
-            try:
-                self._cell(*place)
-            finally:
-                self._write()
-        self.console.print(f"written: {self.folder / JSON_FILE}, {CSV_FILE}", highlight=False)
-        return 1 if self.num_failed else DONE
-
-    def _write(self) -> None:
-        write_json(self.folder / JSON_FILE, self.record)
-        write_csv(self.folder / CSV_FILE, self.cells)
-
-    # ---- One cell. ----
-
-    def _cell(self, context: int, tier: FullCacheTier, link: float | None) -> None:
-        cache = replace(self.base.cache, full=replace(self.base.cache.full, tier=tier))
-        link_config = replace(self.base.tiers.link, gb_per_s=link or self.base.tiers.link.gb_per_s)
-        config = replace(self.base, cache=cache, tiers=replace(self.base.tiers, link=link_config))
-        record = {"context": context, "prompt_tokens": None, "tier": str(tier), "link_gb_per_s": link_config.gb_per_s}
-        record |= {"positions": None, "rows": [], "reason": None}
-        self.cells.append(record)
-        title = f"{context:,} tokens, {tier}" + (f", emulated link of {link:g} GB/s" if link else "")
-        entries: list[Entry] = []
-        try:
-            cell = self._make_cell(context, config)
-        except Exception as error:  # a context that this prompt or model cannot have; the others go on
-            record["reason"] = self._failure(title, error)
-            self.console.print(f"{title}: {record['reason']}", highlight=False)
-            return
-        record |= {"prompt_tokens": len(cell.prompt), "positions": cell.prepared.max_positions}
-        shared = self.peers.SharedModels(cell, self.config.peer, self.folder)
-        try:
-            entries = self._entries(cell, shared, tier)
-            for group in self._groups(entries, cell):
-                self._measure(group)
-        finally:
-            shared.close()
-            compare([entry.row for entry in entries], is_greedy=config.sampling.is_greedy)
-            record["rows"] = [entry.row.to_plain() for entry in entries]
-            if entries:
-                self.console.print(make_table(title, [entry.row for entry in entries]), highlight=False)
-
-    def _make_cell(self, context: int, config: RunConfig):
-        """Raises ConfigError."""
-        # The last turn may end late, too.
-        most_late = max(map(most_per_round, self.config.runs_of_ours(config).values()), default=0)
-        num_new = 1 + (1 + self.config.repetitions) * config.generation.max_new_tokens + most_late
-        if context <= num_new:
-            raise ConfigError(f"grid.contexts has {context}; it must be above the {num_new} tokens that are generated")
-        if context > self.trained_positions and config.model.max_positions is None:
-            positions = self.trained_positions
-            while positions < context:
-                positions *= 2
-            config = replace(config, model=replace(config.model, max_positions=positions))
-        prepared = self.prepare(config)
-        prompt_config = replace(config.prompt, max_tokens=context - num_new)
-        prompt = read_prompt(prompt_config, prepared.tokenizer)
-        if len(prompt) < context - num_new:
-            raise ConfigError(
-                f"the prompt has {len(prompt)} tokens; of {context} in all it must be {context - num_new}"
-            )
-        return self.contenders.Cell(
-            config=config, prepared=prepared, prompt=prompt, num_new_tokens=num_new, seed=self.seed
-        )
-
-    def _entries(self, cell, shared, tier: FullCacheTier) -> list[Entry]:
-        entries = []
-        for name, config in self.config.runs_of_ours(cell.config).items():
-            row = Row(name=name, settings=self.config.contenders[name])
-            entries.append(Entry(row=row, contender=self.contenders.OurEngine(cell=cell, config=config)))
-        keeps_on_device = tier in (FullCacheTier.device, FullCacheTier.auto)
-        for name in self.config.peers:
-            fits_tier = tier is FullCacheTier.host if name == OFFLOADED_PEER else keeps_on_device
-            if self.config.runs(name) and fits_tier:
-                entries.append(Entry(row=Row(name=name, settings="peer"), contender=self.peers.PEERS[name](shared)))
-        return entries
-
-    def _groups(self, entries: list[Entry], cell) -> Iterator[list[Entry]]:
-        """Those that fit into memory together, in order; what does not fit alone is skipped."""
-        free = int((1 - KEPT_FREE) * self.memory.device_free_bytes(cell.prepared.device))
-        group: list[Entry] = []
-        for entry in entries:
-            with self._guarded(entry):
-                entry.num_bytes = entry.contender.needed_bytes()
-                if entry.num_bytes > free:
-                    need, have = entry.num_bytes / 2**30, free / 2**30
-                    raise self.contenders.NotHereError(f"needs about {need:.1f} GiB; {have:.1f} GiB are free")
-            if not entry.runs:
-                continue
-            if sum(other.num_bytes for other in group) + entry.num_bytes > free:
-                self.console.print("(not all fit into memory together: they run in groups)", style="dim")
-                yield group
-                group = []
-            group.append(entry)
-        if group:
-            yield group
-
-    def _measure(self, group: list[Entry]) -> None:
-        count = self.config.generation.max_new_tokens
-        try:
-            for entry in group:
-                with self._guarded(entry):
-                    self._start(entry)
-            for repetition in range(1 + self.config.repetitions):
-                # Another one goes first each time: who follows whom is no advantage to anybody.
-                shift = repetition % len(group)
-                for entry in group[shift:] + group[:shift]:
-                    if entry.runs:
-                        with self._guarded(entry):
-                            self._take_turn(entry, count, is_warm_up=repetition == 0)
-            for entry in group:
-                if entry.runs:
-                    with self._guarded(entry):
-                        entry.row.facts = entry.contender.facts()
-        finally:
-            for entry in group:
-                entry.contender.close()
-            gc.collect()
-            self.memory.release_unused()
-
-    def _start(self, entry: Entry) -> None:
-        entry.contender.load()
-        began = time.perf_counter()
-        entry.row.token_ids += entry.contender.start()
-        entry.row.ttft_s = time.perf_counter() - began
-        self.console.print(f"  {entry.row.name} has read the prompt: {entry.row.ttft_s:.1f} s", style="dim")
-
-    def _take_turn(self, entry: Entry, count: int, *, is_warm_up: bool) -> None:
-        segment = entry.contender.decode(count)
-        entry.row.token_ids += segment.tokens
-        if is_warm_up:
-            entry.contender.begin_counting()
-        else:
-            entry.row.samples_ms.append(1000 * segment.seconds / segment.num_timed)
-
-    # ---- Failures. ----
-
-    @contextmanager
-    def _guarded(self, entry: Entry) -> Iterator[None]:
-        """A contender that fails is recorded, and the others go on."""
-        try:
-            yield
-        except self.contenders.NotHereError as reason:
-            entry.row.status, entry.row.reason = SKIPPED, str(reason)
-            self.console.print(f"  {entry.row.name} skipped: {reason}", style="dim", highlight=False)
-        except Exception as error:
-            entry.row.status, entry.row.reason = FAILED, self._failure(entry.row.name, error)
-            entry.contender.close()
-            self.console.print(f"  {entry.row.name} failed: {entry.row.reason}", style="red", highlight=False)
-
-    def _failure(self, who: str, error: Exception) -> str:
-        """One line; the traceback goes to a file."""
-        self.num_failed += 1
-        with (self.folder / FAILURES).open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"==== {who}\n{''.join(traceback.format_exception(error))}\n")
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -264,11 +40,13 @@ def main(argv: list[str] | None = None) -> int:
         check_start(config)
         folder = Path(config.output)
         folder.mkdir(parents=True, exist_ok=True)
-        return Bench(config=config, folder=folder, console=console, argv=argv).run()
+        side_by_side = import_module("launch.side_by_side")  # and torch with it: seconds
+        num_failed = side_by_side.SideBySide(config=config, folder=folder, console=console, argv=argv).run()
     except KeyboardInterrupt:
         return INTERRUPTED
     except ConfigError as error:
         return refuse(error)
+    return FAILED if num_failed else DONE
 
 
 if __name__ == "__main__":

@@ -70,15 +70,15 @@ class Row:
 
 
 def compare(rows: list[Row], *, is_greedy: bool) -> None:
-    """Sets ratios, and where all are greedy, whose tokens differ from the reference's. Without one there is nothing."""
-    reference = next((row for row in rows if row.name == REFERENCE and row.samples_ms), None)
+    """Sets ratios to the reference's, and, where all are greedy, whose tokens differ from its tokens."""
+    measured = [row for row in rows if row.status == OK and row.samples_ms]
+    reference = next((row for row in measured if row.name == REFERENCE), None)
     if reference is None:
         return
-    for row in rows:
-        if row.samples_ms and row.tbt_ms:
-            row.ratio = reference.tbt_ms / row.tbt_ms
-            row.is_compared = is_greedy
-            row.first_difference = first_difference(reference.token_ids, row.token_ids) if is_greedy else None
+    for row in measured:
+        row.ratio = reference.tbt_ms / row.tbt_ms
+        row.is_compared = is_greedy
+        row.first_difference = first_difference(reference.token_ids, row.token_ids) if is_greedy else None
 
 
 def first_difference(left: list[int], right: list[int]) -> int | None:
@@ -131,12 +131,12 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def write_csv(path: Path, cells_: list[dict[str, Any]]) -> None:
-    """A line for each contender of each cell, of what `write_json` gets as its cells."""
+def write_csv(path: Path, grid: list[dict[str, Any]]) -> None:
+    """A line for each contender of each cell; `grid` are the cells as the JSON has them."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, CSV_FIELDS)
         writer.writeheader()
-        for cell in cells_:
+        for cell in grid:
             shared = {key: cell[key] for key in ("context", "prompt_tokens", "tier", "link_gb_per_s", "positions")}
             for row in cell["rows"]:
                 writer.writerow(shared | csv_values(row))

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from conf.schema import FullCacheTier, RunConfig
-from launch.engine import Engine, Prepared, build, prepare
+from conf.schema import RunConfig
+from launch.engine import Engine, Prepared, build, plan_input_for, prepare, with_budget_in_context
 from launch.session_run import make_metrics, take_round
+from launch.sizing import FreeBytes
+from tiers.plan import make_plan
 
 WORKSPACE_BYTES = 256 << 20
+"""What no plan counts."""
+BOUNDLESS = FreeBytes(device=1 << 60, host=1 << 60, disk=1 << 60, device_is_host=True)
 
 
 class NotHereError(Exception):
@@ -112,15 +116,17 @@ class OurEngine:
         self._metrics = make_metrics(self.config)
 
     def needed_bytes(self) -> int:
-        """The engine's own plan, made when it is built, is exact, and refuses what does not fit."""
-        cell, tier = self.cell, self.config.cache.full.tier
-        num_bytes = cell.prepared.target.num_weight_bytes + WORKSPACE_BYTES
-        if cell.prepared.drafter is not None and self.config.uses_drafter:
-            num_bytes += cell.prepared.drafter.num_weight_bytes
-        is_elsewhere = tier is FullCacheTier.disk or (
-            tier is FullCacheTier.host and cell.prepared.device.type == "cuda"
+        """What its plan takes; that of each tier, where host and device are one memory."""
+        cell, config = self.cell, with_budget_in_context(self.config, len(self.cell.prompt), [])
+        inputs = plan_input_for(
+            config,
+            cell.prepared if config.uses_drafter else replace(cell.prepared, drafter=None),
+            max_tokens=len(cell.prompt) + cell.num_new_tokens,
+            max_new_tokens=cell.num_new_tokens,
+            free=BOUNDLESS,
         )
-        return num_bytes + (0 if is_elsewhere else kv_bytes(cell.prepared, len(cell.prompt) + cell.num_new_tokens))
+        planned = make_plan(inputs, config.cache).totals
+        return planned["device"] + (planned["host"] if cell.prepared.device.type == "cpu" else 0) + WORKSPACE_BYTES
 
     def load(self) -> None:
         cell = self.cell

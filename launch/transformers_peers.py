@@ -142,7 +142,7 @@ class Gate(BaseStreamer):
         self.tokens: list[int] = []
         self.is_over = False
         self._has_prompt = self._is_closed = False
-        self._wanted = 0
+        self._wanted = self._num_taken = 0
         self._changed = threading.Condition()
 
     def put(self, value: torch.Tensor) -> None:
@@ -168,11 +168,11 @@ class Gate(BaseStreamer):
     def let_through(self, count: int) -> list[int]:
         """Until `count` more are there. A round may bring more than that, and the next call waits for as many less."""
         with self._changed:
-            num_before = len(self.tokens)
             self._wanted += count
             self._changed.notify_all()
             self._changed.wait_for(lambda: len(self.tokens) >= self._wanted or self.is_over)
-            return self.tokens[num_before:]
+            new, self._num_taken = self.tokens[self._num_taken :], len(self.tokens)
+            return new
 
     def close(self) -> None:
         with self._changed:

@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from conf.schema import ConfigError, FullCacheTier
-from launch import bench, bench_report, contenders, peers
+from launch import bench, bench_report, contenders, peers, side_by_side
 from launch.bench_config import GridConfig, PeerSettings, contender_config, read_bench_config
 from launch.bench_report import FAILED, OK, SKIPPED, Row, compare, first_difference, make_table
+from launch.engine import prepare
 from tests.tiny_models import random_prompt
 
 PEERS_EVERYWHERE = ("transformers", "transformers_static", "assisted", "prompt_lookup")
@@ -137,7 +138,7 @@ def test_a_context_that_cannot_be_is_recorded_and_the_others_go_on(settings):
 
 def test_what_does_not_fit_is_skipped_and_what_fits_alone_runs_alone(settings, monkeypatch):
     needs = {"autoregressive": 60, "streaming": 60, "retrieval": 101}
-    monkeypatch.setattr("tiers.memory.device_free_bytes", lambda device: 100 / 0.9 + 0.1)
+    monkeypatch.setattr("launch.side_by_side.device_free_bytes", lambda device: 100 / 0.9 + 0.1)
     order = []
     monkeypatch.setattr(contenders.OurEngine, "needed_bytes", lambda self: needs[str(self.config.decoding.mode)])
     monkeypatch.setattr(contenders.OurEngine, "load", lambda self: order.append(self.config.decoding.mode))
@@ -175,7 +176,9 @@ def test_turns_go_around_and_the_warm_up_is_not_counted(settings, monkeypatch):
 
 
 def test_an_interrupted_bench_keeps_the_cells_it_has(settings, monkeypatch):
-    monkeypatch.setattr(bench.Bench, "_measure", lambda self, group: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        side_by_side.SideBySide, "_measure", lambda self, group: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     assert bench.main([*settings, "only=[autoregressive]"]) == 130
     assert json.loads(Path("out/bench.json").read_text())["cells"][0]["context"] == 300
 
@@ -307,7 +310,7 @@ def test_csv_and_json_hold_what_was_measured(tmp_path):
 def test_settings_of_the_assistant_are_its_own_configuration_s(settings, monkeypatch):
     config = read_bench_config([*settings, "peer.num_assistant_tokens=3", "peer.assistant_confidence_threshold=0"])
     assert config.peer == PeerSettings(num_assistant_tokens=3, assistant_confidence_threshold=0)
-    prepared = bench.import_module("launch.engine").prepare(config.run_config)
+    prepared = prepare(config.run_config)
     cell = contenders.Cell(config=config.run_config, prepared=prepared, prompt=[1], num_new_tokens=4, seed=0)
     shared = peers.SharedModels(cell, config.peer, Path())
     generation = shared.assistant.generation_config
