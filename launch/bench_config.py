@@ -9,7 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.schema import ConfigError, Dtype, FullCacheTier, Mode, PlacementKind, RunConfig, require
+from conf.schema import ConfigError, Dtype, FullCacheTier, GenerationConfig, Mode, PlacementKind, RunConfig, require
 from launch.overrides import check_override, compose, parse_override
 
 PEER_NAMES = (
@@ -76,8 +76,10 @@ class PeerSettings:
 
 @dataclass(kw_only=True, slots=True)
 class BenchConfig(RunConfig):
-    """generation.max_new_tokens are those of one repetition."""
+    """A run, as often as there are contenders."""
 
+    generation: GenerationConfig = field(default_factory=lambda: GenerationConfig(max_new_tokens=48, ignore_eos=True))
+    """max_new_tokens are those of one repetition."""
     contenders: dict[str, str] = field(default_factory=dict)
     """Of our engine, by name: overrides of the run, separated by spaces. One that is called as a mode is that mode."""
     peers: list[str] = field(default_factory=list)

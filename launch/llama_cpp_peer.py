@@ -85,7 +85,7 @@ class LlamaCppPeer:
         return {}
 
     def close(self) -> None:
+        self._tokens = None  # a generation that nobody asks any more ends with its last reference
         if self._llama is not None:
-            self._tokens.close() if self._tokens is not None else None
             self._llama.close()
-            self._llama = self._tokens = None
+            self._llama = None

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from conf.schema import Dtype
@@ -60,6 +61,7 @@ class SharedModels:
 
     def _load(self, facts: ModelFacts):
         """With the positions that `facts` were stretched to."""
+        transformers.utils.logging.disable_progress_bar()
         model = AutoModelForCausalLM.from_pretrained(
             facts.source,
             config=copy.deepcopy(facts.config),

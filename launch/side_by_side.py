@@ -102,7 +102,9 @@ class SideBySide:
         record = {"context": context, "prompt_tokens": None, "tier": str(tier), "link_gb_per_s": link_config.gb_per_s}
         record |= {"positions": None, "rows": [], "reason": None}
         self.cells.append(record)
-        title = f"{context:,} tokens, {tier}" + (f", emulated link of {link:g} GB/s" if link else "")
+        title = f"{context:,} tokens, {tier}"
+        if link_config.gb_per_s is not None:
+            title += f", emulated link of {link_config.gb_per_s:g} GB/s"
         entries: list[Entry] = []
         try:
             cell = self._make_cell(context, config)
