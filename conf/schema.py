@@ -15,6 +15,7 @@ AUTO = "auto"
 MAX_AUTO_GAMMA1, MAX_AUTO_GAMMA2 = 8, 64
 MAX_STOP_STRINGS = 64
 MAX_THREADS = 1024
+MAX_TURNS = 20
 GREEDY_BELOW_TEMPERATURE = 1e-5
 LOOKUP_DRAFTER, NO_DRAFTER = "lookup", "none"
 
@@ -91,6 +92,22 @@ class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class Dataset(StrEnum):
+    """A published collection of long texts."""
+
+    pg19 = "pg19"
+    narrativeqa = "narrativeqa"
+
+
+class PromptTask(StrEnum):
+    """What is asked of the document."""
+
+    continuation = "continuation"
+    summary = "summary"
+    question = "question"
+    needle = "needle"
 
 
 class PlacementKind(StrEnum):
@@ -360,13 +377,27 @@ class GenerationConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PromptConfig:
-    """What is read: a file, or a text, or (neither) the source of Python's standard library."""
+    """What is read, a file, a text, an item of a data set, or (none of them) the source of Python's standard library;
+    and what is asked of it."""
 
     path: str | None = None
-    """A UTF-8 text file."""
+    """A UTF-8 text file; with `dataset`, the folder that has it."""
     text: str | None = None
     max_tokens: int | None = 8192
-    """The prompt is cut to its first so many tokens; null reads all of it."""
+    """The document is cut so that the prompt has so many tokens; null reads all of it."""
+    dataset: Dataset | None = None
+    """pg19: books; narrativeqa: stories with questions. From the folder `path`, else from the hub."""
+    item: int = 0
+    """Of the data set: which book, or which question."""
+    task: PromptTask = PromptTask.continuation
+    """continuation: go on writing; summary: tell the story; question: answer `question`; needle: find facts that are
+    hidden in the document, and whose answer is known."""
+    question: str | None = None
+    """Asked after the document with task=question; null: that of narrativeqa's item."""
+    depth: float = 0.5
+    """Of the needle asked for last: 0 is the document's beginning, 1 its end."""
+    turns: int = 1
+    """Questions of task=needle over one document, each about a needle of its own; all but the last are answered."""
 
     def __post_init__(self) -> None:
         both = self.path is not None and self.text is not None
@@ -374,6 +405,20 @@ class PromptConfig:
         legal = self.max_tokens is None or self.max_tokens >= 1
         require(legal, "prompt.max_tokens", self.max_tokens, ">= 1, or null for the whole text")
         require(self.text is None or self.text != "", "prompt.text", self.text, "at least one character")
+        both = self.text is not None and self.dataset is not None
+        require(not both, "prompt.text", self.text, "unset where prompt.dataset is set")
+        require(self.item >= 0, "prompt.item", self.item, ">= 0, for example 0")
+        require(self.item == 0 or self.dataset is not None, "prompt.item", self.item, "0 where prompt.dataset is null")
+        require(0 <= self.depth <= 1, "prompt.depth", self.depth, "between 0 (the beginning) and 1 (the end)")
+        legal = 1 <= self.turns <= MAX_TURNS
+        require(legal, "prompt.turns", self.turns, f"between 1 and {MAX_TURNS}")
+        legal = self.turns == 1 or self.task is PromptTask.needle
+        require(legal, "prompt.turns", self.turns, "1 unless prompt.task=needle")
+        if self.task is PromptTask.question:
+            legal = bool(self.question) or (self.question is None and self.dataset is Dataset.narrativeqa)
+            require(legal, "prompt.question", self.question, "a question, unless prompt.dataset=narrativeqa has one")
+        else:
+            require(self.question is None, "prompt.question", self.question, "null unless prompt.task=question")
 
 
 @dataclass(kw_only=True, slots=True)

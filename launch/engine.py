@@ -29,7 +29,7 @@ from tiers.memory import (
 )
 from tiers.plan import MemoryPlan, PlanInput, make_plan
 from workers.background import InBackground
-from workers.model import TargetModel
+from workers.model import CausalModel, TargetModel
 from workers.pretrained import ModelFacts, check_same_vocabulary, describe
 
 
@@ -137,6 +137,11 @@ class Engine:
     def on_prefill_progress(self, callback) -> None:
         """`callback(done, total)`, in tokens through all layers, is called as the prompt is read."""
         self._target.on_prefill_progress = callback
+
+    @property
+    def models(self) -> list[CausalModel]:
+        """The target's weights, and the drafter's where there is one."""
+        return self._builder.models
 
     def memory_report(self) -> dict[str, dict[str, int]]:
         """Planned and peak bytes of each tier, and of the process as the system sees it."""

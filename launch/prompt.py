@@ -1,4 +1,5 @@
-"""The prompt as token ids: of a file, of a text, or of the source of Python's standard library.
+"""The prompt as token ids: of a file, a text, an item of a data set, or the source of Python's standard library, with
+what is asked of it (launch.workloads) around it.
 
 Text is read and tokenized only as far as tokens are wanted, so a prompt cut from a huge file costs what it needs.
 Special tokens written in the text are plain text; the tokenizer's own beginning of sequence is added as it does.
@@ -14,18 +15,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.schema import ConfigError, PromptConfig
+from launch.published_texts import check_item, read_item
+from launch.workloads import Workload, make_workload
 
 CHARS_PER_TOKEN = 8
 PIECE_CHARS = 1 << 16
 # The ends of a cut text may be tokenized differently than in the whole text; so far from them it is not.
 MARGIN_TOKENS = 256
 ALIKE_TOKENS = 16
+# A fact is hidden at the end of a line, if there is one so near.
+LINE_TOKENS = 64
 BLOCK_BYTES = 1 << 18
 ONLY_PACKAGES = {"site-packages", "dist-packages"}
 
 
 def check_prompt(config: PromptConfig) -> None:
     """What can be said of it without a tokenizer; raises ConfigError. What comes out of a pipe comes only once."""
+    if config.dataset is not None:
+        check_item(config)
+        return
     is_pipe = config.path is not None and os.path.exists(config.path) and not os.path.isfile(config.path)
     if (config.path is not None or config.text is not None) and (not is_pipe or os.path.isdir(config.path)):
         next(_pieces(config), None)
@@ -34,22 +42,36 @@ def check_prompt(config: PromptConfig) -> None:
 def read_prompt(config: PromptConfig, tokenizer, at_most: int | None = None) -> list[int]:
     """The first `config.max_tokens` tokens of the prompt, never more than `at_most`; raises ConfigError.
 
-    `tokenizer` is a fast tokenizer of transformers.
+    What is asked of a document is never cut, the document is. `tokenizer` is a fast tokenizer of transformers.
     """
     limits = [limit for limit in (config.max_tokens, at_most) if limit is not None]
-    ids = encode_first(_Text(_pieces(config)), tokenizer, min(limits, default=None))
-    if not ids:
+    limit = min(limits, default=None)
+    workload = workload_of(config)
+    head = _ids_of(tokenizer, workload.head, special=True) if workload.head else []
+    tail = _ids_of(tokenizer, workload.tail)
+    facts = [(fact.depth, _ids_of(tokenizer, fact.sentence)) for fact in workload.facts]
+    num_taken = len(head) + len(tail) + sum(len(ids) for _, ids in facts)
+    if num_taken and limit is not None and num_taken >= limit:
+        raise ConfigError(
+            f"prompt.max_tokens is {config.max_tokens}; it must be at least {num_taken + 1}: prompt.task={config.task} "
+            f"takes {num_taken} tokens beside the document"
+        )
+    room = None if limit is None else limit - num_taken
+    document = encode_first(_Text(_pieces(config)), tokenizer, room, special=not head)
+    if not document:
         raise ConfigError(f"{_source(config)} has no tokens; it must have at least one")
-    return ids
+    return head + _with_facts(document, facts, tokenizer) + tail
 
 
-def encode_first(text: _Text, tokenizer, count: int | None) -> list[int]:
+def encode_first(text: _Text, tokenizer, count: int | None, *, special: bool = True) -> list[int]:
     """The first `count` tokens of the text (all: None), as if the whole text had been tokenized and then cut.
+
+    `special`: with the tokenizer's own beginning of sequence.
 
     In pieces: a tokenizer takes more than a kilobyte for each token of what it is given at once. Pieces overlap, and
     are joined where both go on alike, far from the end of the one and the beginning of the other.
     """
-    before, behind = _added_tokens(tokenizer)
+    before, behind = _added_tokens(tokenizer) if special else ([], [])
     ids, first = list(before), 0
     num_chars = PIECE_CHARS if count is None else min(PIECE_CHARS, CHARS_PER_TOKEN * (count + MARGIN_TOKENS))
     piece = _encode(text, tokenizer, 0, num_chars)
@@ -111,6 +133,35 @@ def _added_tokens(tokenizer) -> tuple[list[int], list[int]]:
     return ids[:num_before], ids[len(ids) - num_behind :]
 
 
+def workload_of(config: PromptConfig) -> Workload:
+    """What is asked of the document; raises ConfigError where that is a data set's and cannot be read."""
+    if config.dataset is None:
+        return make_workload(config)
+    item = read_item(config.dataset, config.path, config.item)
+    return make_workload(config, item.question, item.answers)
+
+
+def _with_facts(document: list[int], facts: list[tuple[float, list[int]]], tokenizer) -> list[int]:
+    """Each fact at its depth in the document, or at the end of a line shortly before."""
+    parts, end = [], len(document)
+    for depth, ids in sorted(facts, key=lambda fact: fact[0], reverse=True):
+        position = min(end, round(depth * len(document)))
+        for near in range(position, max(0, position - LINE_TOKENS), -1):
+            if "\n" in tokenizer.decode([document[near - 1]]):
+                position = near
+                break
+        parts = [*ids, *document[position:end], *parts]
+        end = position
+    return document[:end] + parts
+
+
+def _ids_of(tokenizer, text: str, *, special: bool = False) -> list[int]:
+    """`special`: with the tokenizer's own beginning of sequence."""
+    if not text:
+        return []
+    return tokenizer(text, add_special_tokens=special, split_special_tokens=True, verbose=False)["input_ids"]
+
+
 class _Text:
     """Text that arrives in pieces, and is read only as far as asked for."""
 
@@ -133,12 +184,16 @@ class _Text:
 
 
 def _source(config: PromptConfig) -> str:
+    if config.dataset is not None:
+        return f"prompt.dataset={config.dataset}, prompt.item={config.item}"
     if config.path is not None:
         return f"prompt.path={config.path!r}"
     return f"prompt.text={config.text!r}" if config.text is not None else "the source of Python's standard library"
 
 
 def _pieces(config: PromptConfig) -> Iterator[str]:
+    if config.dataset is not None:
+        return iter([read_item(config.dataset, config.path, config.item).text])
     if config.path is not None:
         if "\0" in config.path:
             raise _path_error(config.path, "which no file can be called")

@@ -160,10 +160,8 @@ class RoleBuilder:
         streaming = config.cache.streaming
         slack = streaming_slack(config)
         cache = StreamingLLMCache(facts.cache_shape, streaming.sinks, streaming.window, slack, self.device_tier)
-        self.weight_bytes += facts.num_weight_bytes
-        model = load_model(facts, self.device, self_check=config.model.self_check)
-        self.models.append(model)
-        model, coupling = StreamingModel(self._recorded(facts, model, cache), cache), self._coupling(LEVEL_DRAFTER)
+        model = StreamingModel(self._recorded(facts, self._load(facts), cache), cache)
+        coupling = self._coupling(LEVEL_DRAFTER)
         # Where the retrieval draft stands between, it names the runners-up of what it hands on.
         names_runners_up = self._wants_runners_up and not config.uses_retrieval
         return Drafter(model, coupling, vocab_size, names_runners_up=names_runners_up)
@@ -183,7 +181,7 @@ class RoleBuilder:
                 self.notes.append(f"{facts.key}: no CUDA graphs, because of {reason}")
                 return model
         # A step reads what is drafted, and the tokens before that the level above brought.
-        max_rows = self.config.decoding.gamma1 + 2
+        max_rows = self.config.decoding.most_gamma1 + 2
         self.recorded.append(RecordedModel(model, cache, max_rows, self._recorder))
         return self.recorded[-1]
 

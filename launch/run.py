@@ -29,7 +29,8 @@ from conf.model_source import model_source
 from conf.schema import LOOKUP_DRAFTER, NO_DRAFTER, ConfigError, PlacementConfig, PlacementKind, RunConfig, to_plain
 from launch.guard import Guard
 from launch.overrides import CONFIG_FOLDER, read_config
-from launch.prompt import check_prompt, read_prompt
+from launch.prompt import check_prompt, read_prompt, workload_of
+from launch.session_run import fit_to_model, make_metrics, make_seed, take_round
 from orchestrator.crew import RunFailedError
 from orchestrator.display import Display
 from orchestrator.hierarchy import Round
@@ -135,16 +136,15 @@ class Job:
     phase: str = "prepare"
     seed: int = 0
     prompt_ids: list[int] = field(default_factory=list)
+    expected_answers: list[str] = field(default_factory=list)
+    """Of a prompt whose answer is known."""
     engine: Any = None
     company: Any = None
     """The processes of a run over several; see launch.pipeline."""
     metrics: Metrics = field(init=False)
 
     def __post_init__(self) -> None:
-        self.metrics = Metrics(uses_drafter=self.config.uses_drafter, uses_retrieval=self.config.uses_retrieval)
-        self.seed = self.config.sampling.seed
-        if self.seed is None:
-            self.seed = int.from_bytes(os.urandom(6), "little")  # 48 bits: exact in any JSON reader
+        self.metrics, self.seed = make_metrics(self.config), make_seed(self.config)
 
     def run(self) -> int:
         """The exit code; raises ConfigError for what cannot be run, anything else for what failed."""
@@ -178,32 +178,14 @@ class Job:
         prepared.on_locked = self.display.locking
         self.phase = "prompt"
         self.prompt_ids = read_prompt(self.config.prompt, prepared.tokenizer, at_most=4 * prepared.max_positions)
-        max_new_tokens = self._fit_to_model(prepared.max_positions)
+        self.expected_answers = list(workload_of(self.config.prompt).answers)
+        max_new_tokens = fit_to_model(self.config, len(self.prompt_ids), prepared.max_positions, self.display.note)
         self.phase = "load"
         what = (self.config, prepared, self.prompt_ids, max_new_tokens, self.seed)
         self.engine = engines.build(*what) if self.company is None else self.company.build(*what)
         for line in self.engine.notes:
             self.display.note(line)
         self.display.note(f"{self.config.decoding.mode} decoding of {self.config.model.target}, seed {self.seed}")
-
-    def _fit_to_model(self, max_positions: int) -> int:
-        """The tokens that can be generated after this prompt; the last one of them needs no position."""
-        num_prompt, wanted = len(self.prompt_ids), self.config.generation.max_new_tokens
-        if num_prompt > max_positions:
-            at_least = "at least " if num_prompt == 4 * max_positions else ""
-            raise ConfigError(
-                f"This model's maximum context length is {max_positions} tokens; the prompt has {at_least}{num_prompt} "
-                f"tokens (prompt.max_tokens is {self.config.prompt.max_tokens or 'null'}). "
-                f"prompt.max_tokens={max_positions} "
-                "reads as much of it as fits"
-            )
-        room = max_positions - num_prompt + 1
-        if wanted > room:
-            self.display.note(
-                f"generation.max_new_tokens={wanted} is cut to {room}: the model has {max_positions} positions, "
-                f"the prompt takes {num_prompt}"
-            )
-        return min(wanted, room)
 
     def _generate(self, report: Report) -> None:
         hierarchy = self.engine.hierarchy
@@ -218,10 +200,7 @@ class Job:
             self._take_round(hierarchy.round, report)
 
     def _take_round(self, advance: Callable[[], Round], report: Report) -> None:
-        began = time.perf_counter()
-        round_ = advance()
-        seconds = time.perf_counter() - began
-        self.metrics.add(round_, seconds)
+        round_, seconds = take_round(advance, self.metrics)
         if "reread" in round_.seconds:
             self.display.note("a stored block was damaged: all tokens so far were read again")
         report.add_round(round_, seconds)
@@ -245,6 +224,7 @@ class Job:
             "prompt_tokens": len(self.prompt_ids),
             "token_ids": list(session.generated) if session else [],
             "text": session.text if session else "",
+            "expected_answers": self.expected_answers,
             "finish_reason": session.finish_reason if session and session.is_finished else "interrupted",
             "seed": self.seed,
             "config": to_plain(self.config),

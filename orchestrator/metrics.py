@@ -92,6 +92,12 @@ class Metrics:
         self.phase_seconds: dict[str, float] = {}
         self._token_seconds: list[float] = []
 
+    def restarted(self) -> Metrics:
+        """New counts, for the rounds to come of the same session: the prompt has been read."""
+        restarted = Metrics(uses_drafter=self._uses_drafter, uses_retrieval=self._uses_retrieval)
+        restarted.prefill_s, restarted.ttft_s = self.prefill_s, self.ttft_s
+        return restarted
+
     def add(self, round_: Round, seconds: float) -> None:
         """`seconds` is the time the whole round took."""
         self.num_tokens += len(round_.tokens)

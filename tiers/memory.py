@@ -70,6 +70,12 @@ def device_free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_free_bytes()
 
 
+def release_unused() -> None:
+    """Gives back to the device what torch keeps for later."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def disk_free_bytes(folder: Path) -> int:
     """Of the file system of `folder`, or of the folder that it will be made in."""
     folder = folder.absolute()

@@ -147,3 +147,12 @@ def test_drafting_ahead_is_counted_without_the_first_round():
 def test_where_nothing_is_drafted_ahead_there_is_nothing_to_count():
     metrics = counted(uses_drafter=True, uses_retrieval=True, rounds=triforce_rounds(), seconds=[1, 1])
     assert metrics.speculation()["ahead"] is None
+
+
+def test_restarted_metrics_count_from_the_next_round_on():
+    rounds = [Round(index=1, proposed=[], origins=[], num_accepted=0, tokens=[1, 2], seconds={"verify": 2.0})]
+    earlier = counted(uses_drafter=False, uses_retrieval=False, rounds=rounds, seconds=[3])
+    metrics = earlier.restarted()
+    assert (metrics.ttft_s, metrics.verifications, metrics.phase_seconds) == (earlier.ttft_s, 0, {})
+    metrics.add(Round(index=2, proposed=[], origins=[], num_accepted=0, tokens=[1]), 5.0)
+    assert (metrics.decode_s, metrics.num_decoded, earlier.decode_s) == (5.0, 1, 3.0)
