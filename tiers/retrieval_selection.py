@@ -99,7 +99,8 @@ class RetrievalSelection:
         """Ids [H, m] of chunks among the first `num_tokens` tokens."""
         size, window = self.rule.chunk_size, self._windows[layer]
         num_chunks = min(self._budget, num_tokens) // size
-        num_newest = min(num_chunks, max(1, round(num_chunks * self._newest_share)))
+        # The first chunk has its place, whatever the share.
+        num_newest = max(1, min(num_chunks - 1, round(num_chunks * self._newest_share)))
         oldest = 0 if window is None else max(0, num_tokens - window + 1)
         return self.rule.select(layer, q, num_tokens // size, num_chunks, num_newest, oldest)
 
