@@ -2,13 +2,14 @@
 
 For every token the distributions of all drafts meet the target's on the same text, so that acceptance is known itself,
 not by the count of a few lucky draws. One prompt is read once for all drafts. The target's attention is watched token
-by token (`on_attention`): it tells rules that live of it, and whoever measures it.
+by token (`watchers`): it tells rules that live of it, and whoever measures it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -125,7 +126,7 @@ class DraftedRound:
 class DraftComparison:
     """The target on its full cache, and all draft caches, over one prompt at a time.
 
-    `on_attention(layer, mass)` sees how the attention of each token that the target reads in `start`, `look` and
+    Each `watcher(layer, mass)` sees how the attention of each token that the target reads in `start`, `look` and
     `rounds` is spread over the tokens so far: [H, N], the mean of a kv head's query heads, adding up to 1.
     """
 
@@ -158,7 +159,7 @@ class DraftComparison:
             )
             sizes = (shape, draft.budget, config.new_tokens + 64, 8, tier, num_groups if draft.summarises else 0)
             self._models[draft] = RetrievalModel(model, make_retrieval_cache(draft.dtype.bits, *sizes))
-        ear = WatchedMass(*of_tokens, listen=self._hear)
+        ear = WatchedMass(*of_tokens, listen=lambda layer, mass: self._listen(layer, mass))
         self._target = TargetModel(
             model,
             self._cache,
@@ -169,8 +170,8 @@ class DraftComparison:
         if HEAVY_HITTER in self._rules:
             self._target.observe_prompt_mass = self._hear_prompt
         self._queries: dict[int, list[torch.Tensor]] = {}
-        self._is_paused, self._num_read = False, 0
-        self.on_attention: Callable[[int, torch.Tensor], None] = lambda layer, mass: None
+        self._listen, self._num_read = self._hear_token, 0
+        self.watchers: list[Callable[[int, torch.Tensor], None]] = []
         self.held: dict[DraftCache, list[torch.Tensor]] = {}
         """Of each draft, by layer: positions [H, n] of what it held at its last choice, when there were `base` tokens;
         it sees all later ones too. Not of drafts that foresee."""
@@ -204,9 +205,7 @@ class DraftComparison:
     def add(self, tokens: list[int]) -> None:
         """More of the prompt, a few tokens."""
         if tokens:
-            self._is_paused = True
-            self._target.append(tokens, 1)
-            self._is_paused = False
+            self._append_hearing(partial(self._hear_prompt, num_queries=len(tokens)), tokens)
 
     def start(self, token: int) -> torch.Tensor:
         """Reads the prompt's last token, for which the drafts choose; the target's distribution [V] behind it."""
@@ -248,7 +247,7 @@ class DraftComparison:
                 self._models[draft].load(self._selections[draft].rebuild(dict(self._target.queries)))
                 logits = self._models[draft].append(now.tokens, len(now.tokens))
                 now.draft_probs[draft] = [self._probs(row) for row in logits]
-            self.add(now.tokens)
+            self._append_hearing(lambda layer, mass: None, now.tokens)
         self._forget_foreseen()
 
     def _forget_foreseen(self) -> None:
@@ -277,18 +276,24 @@ class DraftComparison:
         self.base = self._cache.length
         self._forget_foreseen()
 
-    def _hear(self, layer: int, mass: torch.Tensor) -> None:
-        """The attention [H, >= N] of a token, or the mean of several tokens', that the target reads."""
-        if self._is_paused:
-            return
+    def _append_hearing(self, listen: Callable[[int, torch.Tensor], None], tokens: list[int]) -> None:
+        self._listen = listen
+        self._target.append(tokens, 1)
+        self._listen = self._hear_token
+
+    def _hear_token(self, layer: int, mass: torch.Tensor) -> None:
+        """The attention [H, >= N] of a token that the target reads."""
         mass = mass[:, : self._cache.length + 1]
         for rule in self._rules.values():
             if isinstance(rule, AttentionMass):
                 rule.add(layer, sums_of_chunks(mass, rule.chunk_size))
-        self.on_attention(layer, mass)
+        for watcher in self.watchers:
+            watcher(layer, mass)
 
-    def _hear_prompt(self, layer: int, num_queries: int, mass: torch.Tensor) -> None:
-        self._rules[HEAVY_HITTER].add(layer, num_queries * mass)
+    def _hear_prompt(self, layer: int, mass: torch.Tensor, num_queries: int) -> None:
+        """Their mean attention; of a prompt but its last token, heavy hitters alone want to know it."""
+        if HEAVY_HITTER in self._rules:
+            self._rules[HEAVY_HITTER].add(layer, num_queries * mass)
 
     def _piece_tokens(self, facts: ModelFacts) -> int:
         """Of the prompt, read together: fewer where their attention is watched, whose weights take memory."""

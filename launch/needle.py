@@ -42,7 +42,7 @@ class Haystack:
     starts: list[int]
 
 
-PASSAGE_WORDS = 48
+PASSAGE_WORDS = 32
 WORDS = """
 amber anchor april arrow autumn basket beacon bishop bottle branch bridge bronze butter candle canyon carpet castle
 cattle cellar cherry circle coffee copper corner cotton cousin crystal dagger desert diamond dragon eagle engine falcon

@@ -42,6 +42,16 @@ def read_config(overrides: list[str]) -> RunConfig:
         raise explained(error, parsed) from None
 
 
+def compose(name: str, overrides: list[str], keys_in: str) -> Any:
+    """The dataclass that conf/`name`.yaml and these overrides make; raises ConfigError, which says where keys are."""
+    try:
+        with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
+            return OmegaConf.to_object(hydra.compose(name, overrides=overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ConfigError(f"{' '.join(overrides)} was refused: {reason} (keys: {keys_in})") from None
+
+
 def parse_override(text: str) -> Override:
     key, equals, value = text.partition("=")
     if not key or not (equals or key.startswith("~")):

@@ -13,12 +13,8 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import hydra
 import torch
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
@@ -27,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conf.model_shapes import ModelShape, model_shape
 from conf.model_source import model_source
 from conf.schema import LOOKUP_DRAFTER, ConfigError, RunConfig, require
-from launch.overrides import CONFIG_FOLDER
+from launch.overrides import compose
 from launch.sizing import FreeBytes, ModelSize, plan_input
 from tiers.base import BlockShape, CacheShape, page_aligned
 from tiers.cost import (
@@ -115,14 +111,7 @@ class Forecast:
 
 def read_plan_config(overrides: list[str]) -> PlanConfig:
     """Raises ConfigError."""
-    try:
-        with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-            return OmegaConf.to_object(hydra.compose("plan", overrides=overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise ConfigError(
-            f"{' '.join(overrides)} was refused: {reason} (keys: conf/schema.py, launch/plan.py)"
-        ) from None
+    return compose("plan", overrides, "conf/schema.py, launch/plan.py")
 
 
 def measured(hardware: HardwareConfig, folder: Path) -> HardwareConfig:

@@ -40,6 +40,11 @@ def read_prompt(config: PromptConfig, tokenizer, at_most: int | None = None) -> 
     return ids
 
 
+def read_text(config: PromptConfig, num_chars: int) -> str:
+    """The prompt's first `num_chars` characters, before any limit of tokens; raises ConfigError."""
+    return _Text(_pieces(config)).first(num_chars)[0]
+
+
 def encode_first(text: _Text, tokenizer, count: int | None) -> list[int]:
     """The first `count` tokens of the text (all: None), as if the whole text had been tokenized and then cut."""
     num_chars = None if count is None else CHARS_PER_TOKEN * (count + MARGIN_TOKENS)

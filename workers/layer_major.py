@@ -44,7 +44,7 @@ class LayerMajor:
 
         `make_hidden(N, hidden size)` gives the tensor where hidden states wait, on the device or the host.
         `observe(layer, start, k, v)` sees keys and values [H, T, D] of each piece; `on_progress(done, total)` counts
-        tokens through all layers. After the last keys no more is computed, unless `observe_mass(layer, T, mass)` asks
+        tokens through all layers. After the last keys no more is computed, unless `observe_mass(layer, mass, T)` asks
         for the mean attention [H, N] of each piece's queries to every token, for measuring.
         """
         num_layers, num_tokens = len(self._layers), len(tokens)
@@ -70,7 +70,7 @@ class LayerMajor:
         if observe is not None:
             watched["observe"] = lambda layer, q, k, v: observe(layer, start, k, v)
         if observe_mass is not None:
-            watched |= {"observe_mass": lambda layer, mass: observe_mass(layer, num_new, mass), "chunk_size": 1}
+            watched |= {"observe_mass": lambda layer, mass: observe_mass(layer, mass, num_new), "chunk_size": 1}
         keys_only = layer == len(self._layers) - 1 and observe_mass is None
         with active(ForwardPass(cache, start, **watched, keys_only=keys_only, progress=self._progress), num_new):
             try:
