@@ -7,8 +7,8 @@ by token (`watchers`): it tells rules that live of it, and whoever measures it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -21,7 +21,7 @@ from tiers.chunk_index import ChunkIndex, best_chunks
 from tiers.context_summary import ContextSummary
 from tiers.full_cache import DeviceLayer, FullCache
 from tiers.quantised_retrieval_cache import make_retrieval_cache
-from tiers.retrieval_cache import RetrievalUpdate
+from tiers.retrieval_cache import LayerUpdate
 from tiers.retrieval_selection import RetrievalSelection
 from workers.acceptance import distribution
 from workers.model import CausalModel, RetrievalModel, TargetModel
@@ -133,7 +133,7 @@ class DraftComparison:
     def __init__(
         self, model: CausalModel, facts: ModelFacts, tier: Tier, drafts: list[DraftCache], config: ComparisonConfig
     ):
-        self._config, self._windows = config, facts.windows
+        self._config = config
         shape, capacity = facts.cache_shape, config.capacity
         self._cache = FullCache([DeviceLayer(shape, capacity, tier) for _ in facts.windows], facts.windows, None)
         of_chunks, of_tokens = (shape, capacity, config.chunk_size, tier), (shape, capacity, 1, tier)
@@ -157,7 +157,8 @@ class DraftComparison:
             self._selections[draft] = RetrievalSelection(
                 self._cache, rule, facts.windows, draft.budget, draft.newest_share, summary
             )
-            sizes = (shape, draft.budget, config.new_tokens + 64, 8, tier, num_groups if draft.summarises else 0)
+            tail = max(config.new_tokens, config.rounds_of) + 64
+            sizes = (shape, draft.budget, tail, 8, tier, num_groups if draft.summarises else 0)
             self._models[draft] = RetrievalModel(model, make_retrieval_cache(draft.dtype.bits, *sizes))
         ear = WatchedMass(*of_tokens, listen=lambda layer, mass: self._listen(layer, mass))
         self._target = TargetModel(
@@ -269,10 +270,8 @@ class DraftComparison:
     def _choose(self, queries: dict[int, torch.Tensor]) -> None:
         for draft, selection in self._selections.items():
             if draft.rule not in FORESEEING:
-                update = selection.rebuild(queries)
-                layers = list(update.layers)
-                self.held[draft] = [layer.positions for layer in layers]
-                self._models[draft].load(RetrievalUpdate(True, update.start, update.length, layers))
+                update, self.held[draft] = selection.rebuild(queries), []
+                self._models[draft].load(replace(update, layers=_noting(self.held[draft], update.layers)))
         self.base = self._cache.length
         self._forget_foreseen()
 
@@ -304,6 +303,13 @@ class DraftComparison:
 
     def _probs(self, logits: torch.Tensor) -> torch.Tensor:
         return distribution(logits[None], self._config.sampling)[0]
+
+
+def _noting(positions: list[torch.Tensor], layers: Iterable[LayerUpdate]) -> Iterator[LayerUpdate]:
+    """The layers as they are made, so that only one of them needs memory, and where their tokens are."""
+    for layer in layers:
+        positions.append(layer.positions)
+        yield layer
 
 
 def sums_of_chunks(mass: torch.Tensor, size: int) -> torch.Tensor:

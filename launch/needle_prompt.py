@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from conf.schema import ConfigError
 from launch.needle import Fact, NeedleForm, plant
 
-SPARE_TOKENS = 32
-"""The whole text may be tokenized a little differently than its parts."""
+SPARE_TOKENS = 8
+"""For each fact: the whole text may be tokenized a little differently than its parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ def make_needle_prompt(
     around = [_around(tokenizer, form, fact) for fact in facts]
     asked = [_encode(tokenizer, question + fact.answer) for (_, question), fact in zip(around, facts, strict=True)]
     before, _ = _encode(tokenizer, around[0][0])
-    num_taken = sum(len(_encode(tokenizer, fact.text)[0]) for fact in facts) + SPARE_TOKENS
+    num_taken = sum(len(_encode(tokenizer, fact.text)[0]) + SPARE_TOKENS for fact in facts)
     num_taken += max(len(ids) for ids, _ in asked) + len(before)
     if max_tokens < 2 * num_taken:
         raise ConfigError(

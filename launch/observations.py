@@ -60,7 +60,7 @@ class Observations:
         sizes = ComparisonConfig(
             # A needle's question and answer stay within the context.
             capacity=wanted + 8,
-            new_tokens=wanted - config.context,
+            new_tokens=config.new_tokens,
             chunk_size=config.chunk_size,
             rounds_of=config.rounds_of,
             sampling=config.sampling,
