@@ -24,6 +24,7 @@ STYLES = {
     "recent_window": {"color": "#D55E00", "marker": "v"},
 }
 PANEL_INCHES = (5.2, 3.6)
+MAX_COLUMNS = 3
 
 
 def draw_all(folder: Path, config: AnalyzeConfig, tables: dict[str, Rows]) -> list[Path]:
@@ -64,9 +65,12 @@ def _legend(figure, axis) -> None:
 def _by_budget(config: AnalyzeConfig, rows: Rows, value: str, what: str):
     """A panel for each document: lines over the budgets."""
     documents = list(dict.fromkeys(row["document"] for row in rows))
-    figure, axes = _panels(1, len(documents), sharey=True)
+    columns = min(MAX_COLUMNS, len(documents))
+    figure, axes = _panels(-(-len(documents) // columns), columns, sharey=True)
+    for axis in axes.flat[len(documents) :]:
+        axis.set_visible(False)
     budgets = sorted(config.budgets)
-    for axis, document in zip(axes[0], documents, strict=True):
+    for axis, document in zip(axes.flat, documents, strict=False):
         of_document = [row for row in rows if row["document"] == document]
         for cache, label in LABELS.items():
             shares = [mean_of(of_document, value, cache=cache, budget=budget) for budget in budgets]
@@ -76,7 +80,8 @@ def _by_budget(config: AnalyzeConfig, rows: Rows, value: str, what: str):
         axis.xaxis.set_major_formatter(FuncFormatter(lambda budget, _: f"{budget:,.0f}"))
         axis.set_title(f"{document}, {config.context:,} tokens", fontsize=10)
         axis.set_xlabel("budget, tokens")
-    axes[0, 0].set_ylabel(f"{what}, mean of {config.new_tokens} tokens")
+    for axis in axes[:, 0]:
+        axis.set_ylabel(f"{what}, mean of {config.new_tokens} tokens")
     _legend(figure, axes[0, 0])
     return figure
 
@@ -142,6 +147,6 @@ def _by_depth(config: AnalyzeConfig, rows: Rows):
             axis.set_ylim(-0.03, 1.03)
         right = [mean_of(shown, "target_probability", asked_depth=depth) for depth in depths]
         panels[0].plot(depths, right, color="#999999", linestyle=":", label="the target's probability of the answer")
-        panels[0].set_ylabel(f"share, {config.shown_budget:,} tokens")
+        panels[0].set_ylabel(f"share, caches of {config.shown_budget:,} tokens")
     _legend(figure, axes[0, 0])
     return figure
