@@ -1,9 +1,8 @@
 """Measures how much of a draft the target accepts, by draft cache, budget and context length.
 
-The target continues each document by its own samples. For every token, the distributions of all drafts are held
-against the target's on the same text, so that each row has the expected acceptance itself, not the count of a few
-lucky draws: sum(min(p, q)) under maximal coupling, and the chance of a common winner under gumbel coupling (Daliri,
-Musco, Suresh 2408.07978). One prompt is read once for all budgets.
+The target continues each document by its own samples (launch/draft_comparison.py). Each row has the expected
+acceptance itself: sum(min(p, q)) under maximal coupling, and the chance of a common winner under gumbel coupling
+(Daliri, Musco, Suresh 2408.07978).
 
 `compare` holds other rules of choosing chunks against `rule`: Quest's page bound (arXiv 2406.10774), and an oracle that
 knows what the tokens to come will attend to; or other ways of storing them (int8, int4) against `retrieval_dtype`.
@@ -24,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conf.schema import (
     CacheConfig,
     ChunkDtype,
-    ChunkRule,
     DecodingConfig,
     Dtype,
     GenerationConfig,
@@ -35,56 +33,16 @@ from conf.schema import (
     SamplingConfig,
     StreamingCacheConfig,
 )
+from launch.draft_comparison import ComparisonConfig, DraftCache, DraftComparison
 from launch.engine import prepare
-from launch.sizing import PIECE_TOKENS
-from tiers.attention_mass import DECAY, AttentionMass
-from tiers.chunk_index import ChunkIndex, best_chunks
-from tiers.context_summary import ContextSummary
 from tiers.device_tier import DeviceTier
-from tiers.full_cache import DeviceLayer, FullCache
-from tiers.quantised_retrieval_cache import make_retrieval_cache
-from tiers.retrieval_selection import RetrievalSelection
 from tiers.streaming_llm_cache import StreamingLLMCache
 from workers.acceptance import KeyedRandom, distribution
-from workers.model import RetrievalModel, StreamingModel, TargetModel
+from workers.model import StreamingModel
 from workers.pretrained import load_model
 
 RETRIEVAL, CHOSEN, RECENT, DRAFTER = "retrieval", "chosen chunks alone", "recent window", "drafter"
 KINDS = (RETRIEVAL, CHOSEN, RECENT, DRAFTER)
-PAGE_BOUND, ORACLE = "page_bound", "oracle"
-
-
-class PageBound(ChunkIndex):
-    """Quest's rule (arXiv 2406.10774, section 3.3): of a chunk, the highest score that a key within the bounds of its
-    keys could have."""
-
-    def catch_up(self, cache: FullCache) -> None:
-        super().catch_up(cache)
-        num_tokens = cache.length // self.chunk_size * self.chunk_size
-        chunks = [
-            cache.read(layer, 0, num_tokens)[0].unflatten(1, (-1, self.chunk_size)) for layer in range(self._num_layers)
-        ]
-        self._bounds = [(k.amin(2).float(), k.amax(2).float()) for k in chunks]
-
-    def select(self, layer, q, num_chunks, num_wanted, num_newest, oldest=0):
-        """See ChunkRule."""
-        low, high = (bound[:, :num_chunks].transpose(1, 2) for bound in self._bounds[layer])
-        q = q.flatten(1, 2).float()
-        scores = (q.clamp_min(0) @ high + q.clamp_max(0) @ low) * q.shape[-1] ** -0.5
-        return best_chunks(torch.softmax(scores, -1).mean(1), num_wanted, num_newest, oldest // self.chunk_size)
-
-
-class WatchedMass(AttentionMass):
-    """Tells the oracle what the target attends to, unless it reads tokens again."""
-
-    def __init__(self, *args, oracle: AttentionMass, **kwargs):
-        self.oracle, self.is_paused = oracle, False
-        super().__init__(*args, **kwargs)
-
-    def add(self, layer: int, mass: torch.Tensor) -> None:
-        if not self.is_paused:
-            super().add(layer, mass)
-            self.oracle.add(layer, mass)
 
 
 def read_document(path: Path) -> str:
@@ -107,120 +65,70 @@ class Measurement:
     """The target, its caches and all drafts over one prompt."""
 
     def __init__(self, cfg: DictConfig, prepared, models, num_tokens: int):
-        self._cfg, facts, tier = cfg, prepared.target, DeviceTier(prepared.device)
+        self._cfg, tier = cfg, DeviceTier(prepared.device)
         self._sampling = SamplingConfig(temperature=cfg.temperature, top_p=cfg.top_p)
-        shape, capacity = facts.cache_shape, num_tokens + cfg.new_tokens + 8
         target_weights, drafter_weights = models
-        cache = FullCache([DeviceLayer(shape, capacity, tier) for _ in facts.windows], facts.windows, None)
-        size, decay = (shape, capacity, cfg.chunk_size, tier), DECAY ** (1 / cfg.rounds_of)
-        # Here tokens come one by one: an older token counts for as much less as it does in whole rounds.
-        self._oracle = AttentionMass(*size, decay=1.0)
-        self._mass = WatchedMass(*size, oracle=self._oracle, decay=decay)
-        rules = {
-            ChunkRule.attention: self._mass,
-            ChunkRule.mean_key: ChunkIndex(*size),
-            PAGE_BOUND: PageBound(*size),
-            ORACLE: self._oracle,
-        }
-        summary = ContextSummary(shape, capacity, cfg.summary_tokens, tier)
-        num_groups = capacity // cfg.summary_tokens
-        self._selections, self._drafts = {}, {}
-        for budget in cfg.budgets:
-            for name, share, of_rest, num_summaries in (
-                (RETRIEVAL, cfg.newest_share, summary, num_groups),
-                (CHOSEN, cfg.newest_share, None, 0),
-                (RECENT, 1.0, None, 0),
-                *((name, cfg.newest_share, summary, num_groups) for name in cfg.compare),
-            ):
-                rule = name if name in rules else cfg.rule
-                dtype = ChunkDtype(name if name in list(ChunkDtype) else cfg.retrieval_dtype)
-                key = (name, int(budget))
-                selection = RetrievalSelection(cache, rules[rule], facts.windows, budget, share, of_rest)
-                self._selections[key] = selection
-                sizes = (shape, budget, cfg.new_tokens + 64, 8, tier, num_summaries)
-                draft_cache = make_retrieval_cache(dtype.bits, *sizes)
-                self._drafts[key] = RetrievalModel(target_weights, draft_cache)
-        observing = RetrievalSelection(cache, self._mass, facts.windows, 0, 0.0, summary)
-        self._target = TargetModel(
-            target_weights,
-            cache,
-            piece_tokens=PIECE_TOKENS,
-            hidden_tier=tier,
-            selection=observing,
+        config = ComparisonConfig(
+            capacity=num_tokens + cfg.new_tokens + 8,
+            new_tokens=cfg.new_tokens,
+            chunk_size=cfg.chunk_size,
+            rounds_of=cfg.rounds_of,
+            rebuilds=cfg.rebuild,
+            summary_tokens=cfg.summary_tokens,
+            sampling=self._sampling,
         )
+        drafts = [draft for budget in cfg.budgets for draft in drafts_of(cfg, budget)]
+        self._comparison = DraftComparison(target_weights, prepared.target, tier, drafts, config)
         streaming = StreamingLLMCache(prepared.drafter.cache_shape, 4, cfg.window, 64, tier)
         self._drafter = StreamingModel(drafter_weights, streaming)
 
     def run(self, prompt: list[int], seed: int) -> dict[tuple[str, int], dict[str, float]]:
         """Mean acceptance of each draft, by (kind, budget); the drafter's is against the retrieval draft."""
-        random, self._sums = KeyedRandom(seed), {}
-        self._target.prefill(prompt[:-1])
-        self._drafter.prefill(prompt[:-1])
-        self._queries: dict[int, list[torch.Tensor]] = {}
-        token = self._first_token(random, prompt[-1])
-        tokens, targets = [], []
-        self._oracle.reset()
-        for step in range(self._cfg.new_tokens):
-            tokens.append(token)
-            targets.append(self._probs(self._target.append([token], 1)[0]))
-            for layer, q in self._target.queries.items():
-                self._queries.setdefault(layer, []).append(q)
-            drafts = {
-                key: self._probs(model.append([token], 1)[0]) for key, model in self._drafts.items() if key[0] != ORACLE
-            }
-            drafter_probs = self._probs(self._drafter.append([token], 1)[0])
-            for key, probs in drafts.items():
-                self._count(key, targets[-1], probs)
-                if key[0] == RETRIEVAL:
-                    self._count((DRAFTER, key[1]), probs, drafter_probs)
-            token = random.choose(targets[-1], self._target.length, 0)
-            if len(tokens) == self._cfg.rounds_of or step == self._cfg.new_tokens - 1:
-                self._ask_oracle(tokens, targets)
-                self._refresh()
-                tokens, targets = [], []
+        random, comparison, self._sums = KeyedRandom(seed), self._comparison, {}
+
+        def choose(probs: torch.Tensor) -> int:
+            return random.choose(probs, comparison.length, 0)
+
+        comparison.read(prompt[:-1])
+        self._drafter.prefill(prompt)
+        token = choose(comparison.start(prompt[-1]))
+        for round_ in comparison.rounds(token, self._cfg.new_tokens, choose):
+            drafter_logits = [self._drafter.append([token], 1) for token in round_.tokens]
+            drafter_probs = [distribution(logits, self._sampling)[0] for logits in drafter_logits]
+            for draft, probs in round_.draft_probs.items():
+                self._count((draft.name, draft.budget), round_.target_probs, probs)
+                if draft.name == RETRIEVAL:
+                    self._count((DRAFTER, draft.budget), probs, drafter_probs)
         return self._sums
 
-    def _count(self, key: tuple[str, int], p: torch.Tensor, q: torch.Tensor) -> None:
+    def _count(self, key: tuple[str, int], p_rows: list[torch.Tensor], q_rows: list[torch.Tensor]) -> None:
         entry = self._sums.setdefault(key, {"maximal": 0.0, "gumbel": 0.0})
-        entry["maximal"] += float(torch.minimum(p, q).sum()) / self._cfg.new_tokens
-        entry["gumbel"] += gumbel_match(p, q) / self._cfg.new_tokens
+        for p, q in zip(p_rows, q_rows, strict=True):
+            entry["maximal"] += float(torch.minimum(p, q).sum()) / self._cfg.new_tokens
+            entry["gumbel"] += gumbel_match(p, q) / self._cfg.new_tokens
 
-    def _ask_oracle(self, tokens: list[int], targets: list[torch.Tensor]) -> None:
-        """What a draft would have made of `tokens` whose chunks were chosen by their own attention."""
-        keys = [key for key in self._drafts if key[0] == ORACLE]
-        if keys:
-            self._target.truncate(self._target.length - len(tokens))
-            for key in keys:
-                self._drafts[key].load(self._selections[key].rebuild(dict(self._target.queries)))
-                logits = self._drafts[key].append(tokens, len(tokens))
-                for target, row in zip(targets, logits, strict=True):
-                    self._count(key, target, self._probs(row))
-            self._mass.is_paused = True
-            self._target.append(tokens, 1)
-            self._mass.is_paused = False
-        self._oracle.reset()
 
-    def _refresh(self) -> None:
-        """As after a verification: true keys and values, or chunks chosen anew for the queries of these tokens."""
-        queries = {layer: torch.cat(parts, dim=2) for layer, parts in self._queries.items()}
-        self._queries.clear()
-        for key, selection in self._selections.items():
-            if key[0] == ORACLE:
-                continue
-            update = selection.rebuild(queries) if self._cfg.rebuild else selection.follow(queries)
-            self._drafts[key].load(update)
-
-    def _first_token(self, random: KeyedRandom, token: int) -> int:
-        """Reads the prompt's last token, with whose queries the draft caches are built; samples the next one."""
-        probs = self._probs(self._target.append([token], 1)[0])
-        self._drafter.append([token], 1)
-        queries = dict(self._target.queries)
-        for key, selection in self._selections.items():
-            self._drafts[key].load(selection.rebuild(queries))
-        return random.choose(probs, self._target.length, 0)
-
-    def _probs(self, logits: torch.Tensor) -> torch.Tensor:
-        return distribution(logits[None], self._sampling)[0]
+def drafts_of(cfg: DictConfig, budget: int) -> list[DraftCache]:
+    """Those of one budget."""
+    share, rule, dtype = cfg.newest_share, cfg.rule, ChunkDtype(cfg.retrieval_dtype)
+    drafts = [
+        DraftCache(name=RETRIEVAL, budget=budget, rule=rule, newest_share=share, summarises=True, dtype=dtype),
+        DraftCache(name=CHOSEN, budget=budget, rule=rule, newest_share=share, dtype=dtype),
+        DraftCache(name=RECENT, budget=budget, rule=rule, newest_share=1.0, dtype=dtype),
+    ]
+    for name in cfg.compare:
+        is_dtype = name in list(ChunkDtype)
+        drafts.append(
+            DraftCache(
+                name=name,
+                budget=budget,
+                rule=rule if is_dtype else name,
+                newest_share=share,
+                summarises=True,
+                dtype=ChunkDtype(name) if is_dtype else dtype,
+            )
+        )
+    return drafts
 
 
 def table(rows: list[dict]) -> str:

@@ -63,6 +63,11 @@ def read_prompt(config: PromptConfig, tokenizer, at_most: int | None = None) -> 
     return head + _with_facts(document, facts, tokenizer) + tail
 
 
+def read_text(config: PromptConfig, num_chars: int) -> str:
+    """The prompt's first `num_chars` characters, before any limit of tokens; raises ConfigError."""
+    return _Text(_pieces(config)).read(0, num_chars)[0]
+
+
 def encode_first(text: _Text, tokenizer, count: int | None, *, special: bool = True) -> list[int]:
     """The first `count` tokens of the text (all: None), as if the whole text had been tokenized and then cut.
 

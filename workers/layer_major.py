@@ -37,13 +37,15 @@ class LayerMajor:
         *,
         make_hidden: Callable[[int, int], torch.Tensor],
         observe: Callable | None = None,
+        observe_mass: Callable | None = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Reads `tokens` in pieces; `make_layer_cache(layer)` takes each layer's keys and values.
 
         `make_hidden(N, hidden size)` gives the tensor where hidden states wait, on the device or the host.
         `observe(layer, start, k, v)` sees keys and values [H, T, D] of each piece; `on_progress(done, total)` counts
-        tokens through all layers. After the last keys no more is computed.
+        tokens through all layers. After the last keys no more is computed, unless `observe_mass(layer, mass, T)` asks
+        for the mean attention [H, N] of each piece's queries to every token, for measuring.
         """
         num_layers, num_tokens = len(self._layers), len(tokens)
         hidden = make_hidden(num_tokens, self._hidden_size) if num_layers > 1 else None
@@ -55,17 +57,22 @@ class LayerMajor:
                 states, arguments = self._arguments(layer, input_ids[:, rows], start)
                 if layer:
                     states = hidden[rows].to(self._device, non_blocking=True)[None]
-                out = self._through(layer, states, arguments, cache, observe, layer == num_layers - 1)
-                if out is not None:
+                out = self._through(layer, states, arguments, cache, observe, observe_mass)
+                if out is not None and hidden is not None:
                     hidden[rows].copy_(out[0], non_blocking=True)
                 on_progress(layer * num_tokens + rows.stop, num_layers * num_tokens)
             cache.finish()
 
-    def _through(self, layer, states, arguments, cache, observe, is_last) -> torch.Tensor | None:
+    def _through(self, layer, states, arguments, cache, observe, observe_mass) -> torch.Tensor | None:
         """The hidden states behind the layer, or None behind the last, whose keys are all that matters."""
-        start = cache.length
-        see = None if observe is None else lambda layer, q, k, v: observe(layer, start, k, v)
-        with active(ForwardPass(cache, start, see, keys_only=is_last, progress=self._progress), states.shape[1]):
+        start, num_new = cache.length, states.shape[1]
+        watched: dict[str, Any] = {}
+        if observe is not None:
+            watched["observe"] = lambda layer, q, k, v: observe(layer, start, k, v)
+        if observe_mass is not None:
+            watched |= {"observe_mass": lambda layer, mass: observe_mass(layer, mass, num_new), "chunk_size": 1}
+        keys_only = layer == len(self._layers) - 1 and observe_mass is None
+        with active(ForwardPass(cache, start, **watched, keys_only=keys_only, progress=self._progress), num_new):
             try:
                 out = self._layers[layer](states, *arguments[0], **arguments[1])
             except KeysKnown:

@@ -100,6 +100,8 @@ class TargetModel:
         """Of the last `append`, per layer [H, G, T, D], from position `queries_start` on."""
         self.queries_start = 0
         self.on_prefill_progress = lambda done, total: None
+        self.observe_prompt_mass = None
+        """For measuring, which takes time: see LayerMajor.prefill."""
 
     @property
     def length(self) -> int:
@@ -128,6 +130,7 @@ class TargetModel:
                     self._piece_tokens,
                     make_hidden=partial(self._allocate_hidden, waiting),
                     observe=None if self._selection is None else self._selection.observe,
+                    observe_mass=self.observe_prompt_mass,
                     on_progress=self.on_prefill_progress,
                 )
         finally:

@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from launch import measure_acceptance as measure
+from launch.draft_comparison import ORACLE
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -69,6 +70,6 @@ def test_rules_are_compared_and_the_oracle_is_best(tmp_path, monkeypatch):
         new_tokens=24,
         compare=["mean_key", "page_bound", "oracle"],
     )
-    best = rows[measure.ORACLE, 128].maximal
+    best = rows[ORACLE, 128].maximal
     for name in (measure.RETRIEVAL, "mean_key", "page_bound"):
         assert 0.2 < rows[name, 128].maximal < best + 0.02
