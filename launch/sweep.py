@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conf.schema import ConfigError
 from launch.overrides import CONFIG_FOLDER
-from launch.run import DONE, FAILED, INTERRUPTED, refuse
+from launch.run import DONE, FAILED, INTERRUPTED, REFUSED, refuse
 from launch.sweep_config import Sweep, read_sweep
 from launch.sweep_job import jobs_of, run_jobs
 from launch.sweep_progress import SweepProgress, described, figures_of
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None, console: Console | None = None) -> int:
     console = console or Console()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         if os.environ.get("RANK", "0") != "0":
-            return 2
+            return REFUSED
         return refuse(
             ConfigError("launch/sweep.py starts torchrun itself, for each job: python launch/sweep.py -m ...")
         )

@@ -120,7 +120,7 @@ class SweepProgress:
         else:
             what = row["message"] + (f" ({self._folder / row['log']})" if row["log"] else "")
         total = "" if self._total is None else f"/{self._total}"
-        line = f"[{len(self._new)}{total}] {row['status']}: {described(row, self._axes)}: {what}"
+        line = ": ".join(filter(None, (f"[{len(self._new)}{total}] {row['status']}", described(row, self._axes), what)))
         if self._live is None:
             line += f"; {self.status()}"
         self._console.print(Text(harmless(line)), soft_wrap=True, highlight=False)
