@@ -184,9 +184,9 @@ def _literal(value: Any) -> str:
         return repr(value)
     if PLAIN_TEXT.fullmatch(value) and value.lower() not in WORDS_OF_HYDRA:
         return value
-    # A backslash is itself unless a quote follows it; $ would begin a reference.
-    escaped = re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
-    return "'" + escaped.replace("${", "\\${") + "'"
+    # A backslash is itself unless it stands before a quote, or before a reference, which is none here.
+    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value) + "'"
 
 
 @contextmanager

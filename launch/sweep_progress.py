@@ -16,6 +16,7 @@ from rich.text import Text
 
 from launch.sweep_table import DONE, JOBS, ROW, Row, read_rows, write_table
 from orchestrator.display import harmless
+from orchestrator.report import RESULT
 
 SECONDS_BETWEEN_LOOKS = 0.5
 FIGURES = (
@@ -46,8 +47,8 @@ class SweepProgress:
         self._folder, self._console, self._expected, self._clock = folder, console, expected, clock
         self._axes = axes
         self._total = total if expected is None else len(expected)
-        self._stamps = self._stamps_of_rows()
-        """When each row was written; what is there before the sweep starts is not its own."""
+        self._stamps, self._results_before = self._stamps_of(ROW), self._stamps_of(RESULT)
+        """When each row and result was written; what is there before the sweep starts is not its own."""
         self._new: dict[str, Row] = {}
         self._num_taken_up = 0
         self._began = clock()
@@ -80,16 +81,18 @@ class SweepProgress:
 
     def look(self) -> None:
         """Shows what has changed since the last time."""
-        stamps = self._stamps_of_rows()
+        stamps = self._stamps_of(ROW)
         changed = {job for job, stamp in stamps.items() if self._stamps.get(job) != stamp}
         if self._expected is not None:
             changed &= self._expected
         if changed:
             rows = read_rows(self._folder)
             write_table(self._folder, rows)
+            results = self._stamps_of(RESULT)
             for row in rows:
-                if row["id"] in changed:
-                    self._take(row, is_old=row["id"] in self._stamps)
+                if (job := row["id"]) in changed:
+                    before = self._results_before.get(job)
+                    self._take(row, is_old=before is not None and before == results.get(job))
             self._stamps |= stamps
         if self._live is not None:
             self._live.update(Text(self.status()), refresh=True)
@@ -125,8 +128,8 @@ class SweepProgress:
             line += f"; {self.status()}"
         self._console.print(Text(harmless(line)), soft_wrap=True, highlight=False)
 
-    def _stamps_of_rows(self) -> dict[str, int]:
-        return {path.parent.name: path.stat().st_mtime_ns for path in (self._folder / JOBS).glob(f"*/{ROW}")}
+    def _stamps_of(self, name: str) -> dict[str, int]:
+        return {path.parent.name: path.stat().st_mtime_ns for path in (self._folder / JOBS).glob(f"*/{name}")}
 
     def _watch(self) -> None:
         while not self._is_over.wait(SECONDS_BETWEEN_LOOKS):

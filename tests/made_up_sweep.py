@@ -51,10 +51,10 @@ def made_up_row(repetition: int = 1, **changes: Any) -> dict[str, Any]:
         retrieval_ms = gamma2 / (1 + sum(drafted)) * (4.0 + budget / 2000)
         draft_ms = 1.6 * gamma1 * gamma2 / (1 + sum(drafted)) if drafted else 0.0
     verify_ms = stream_ms + 1.5 * tokens
-    round_ms = noise * (draft_ms + retrieval_ms + verify_ms + 0.8)
-    for phase, ms in (("draft", draft_ms), ("retrieval", retrieval_ms), ("verify", verify_ms), ("refresh", 0.5)):
-        row[f"{phase}_s"] = 40 * ms / 1000
-    row |= {"stall_s": 41 * 0.7 * stream_ms / 1000, "decode_s": 40 * (round_ms + 0.5) / 1000}
+    spent = {"draft": draft_ms, "retrieval": retrieval_ms, "verify": verify_ms, "refresh": 0.5 if tokens > 1 else 0.0}
+    row |= {f"{phase}_s": 40 * noise * ms / 1000 for phase, ms in spent.items()}
+    round_ms = noise * (sum(spent.values()) + 1.5)
+    row |= {"stall_s": 41 * noise * 0.7 * stream_ms / 1000, "decode_s": 40 * round_ms / 1000}
     row |= {"tokens_per_verification": tokens, "tbt_ms": round_ms / tokens, "tokens_per_s": 1000 * tokens / round_ms}
     return row
 
