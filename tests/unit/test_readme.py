@@ -6,6 +6,7 @@ from pathlib import Path
 
 from conf.schema import RunConfig
 from launch.plan import PlanConfig
+from launch.sweep_config import SweepConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,13 +30,14 @@ def keys_of(config, prefix: str = "") -> set[str]:
 def test_every_override_in_the_readme_is_a_key_of_the_schema():
     overrides = set(re.findall(r"(?<=\s)([a-z_]+(?:\.[a-z0-9_]+)*)=(?!=)", README))
     assert overrides, "the README shows overrides"
-    assert overrides <= keys_of(PlanConfig())
-    assert overrides - {"hardware"} <= keys_of(RunConfig())
+    of_run, of_plan, of_sweep = keys_of(RunConfig()), keys_of(PlanConfig()), keys_of(SweepConfig()) | {"experiment"}
+    assert overrides <= of_run | of_plan | of_sweep
+    assert overrides - {"hardware"} - (of_sweep - of_run) <= of_run
 
 
 def test_every_group_choice_in_the_readme_has_a_file():
-    for group in ("model", "hardware"):
+    for group in ("model", "hardware", "experiment"):
         choices = re.findall(rf"\b{group}=([\w.-]+)", README)
-        assert choices
+        assert choices or group == "experiment"
         for choice in choices:
             assert (ROOT / "conf" / group / f"{choice}.yaml").is_file(), choice

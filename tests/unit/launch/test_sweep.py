@@ -206,13 +206,8 @@ def test_an_interrupted_sweep_ends_its_job_and_leaves_no_row(tmp_path):
 def test_the_real_program_runs_and_is_measured(checkpoints, tmp_path):
     target, drafter = checkpoints("llama", 0), checkpoints("llama", 1)
     argv = [f"model.target={target}", f"model.drafter={drafter}", "prompt.text='t1 t2 t3 t4 t5 t6'"]
-    argv += [
-        "placement.threads=1",
-        "generation.max_new_tokens=6",
-        "sampling.temperature=0",
-        "model.self_check=false",
-        f"output={tmp_path}/s",
-    ]
+    argv += ["placement.threads=1", "cache.streaming.window=40", "generation.max_new_tokens=6"]
+    argv += ["sampling.temperature=0", "model.self_check=false", f"output={tmp_path}/s"]
     assert sweep.main(argv, Console(file=io.StringIO())) == 0
     (row,) = read_rows(tmp_path / "s")
     assert row["new_tokens"] == 6 and row["tbt_ms"] > 0 and row["prompt.text"] == "t1 t2 t3 t4 t5 t6"
