@@ -75,33 +75,33 @@ def parse_override(text: str) -> Override:
         ) from None
 
 
-def check_override(override: Override) -> None:
+def check_override(override: Override, schema: type = RunConfig, groups: tuple[str, ...] = GROUPS) -> None:
     """Key, type and group choice; the values themselves are checked by the schema."""
     key = override.key_or_group
     if key.split(".")[0].split("/")[0] == "hydra":
         return
-    if key in GROUPS:
+    if key in groups:
         check_choice(override)
         return
-    kinds = schema_kinds()
+    kinds = schema_kinds(schema)
     if key not in kinds:
-        raise ConfigError(unknown_key(key, text_of(override), kinds))
+        raise ConfigError(unknown_key(key, text_of(override), schema))
     if override.is_delete():
         return
     if override.is_sweep_override():
         raise ConfigError(
-            f"{key} is {text_of(override)!r}, which reads as several values; it must be {legal_value(key)}"
+            f"{key} is {text_of(override)!r}, which reads as several values; it must be {legal_value(key, schema)}"
         )
     try:
-        OmegaConf.update(OmegaConf.structured(RunConfig), key, override.value())
+        OmegaConf.update(OmegaConf.structured(schema), key, override.value())
     except OmegaConfBaseException as error:
         # Of key={inner: value} the inner key is at fault.
         inner = error.full_key if error.full_key in kinds else key
         subject = "it" if inner == key else inner
-        raise ConfigError(f"{key} is {text_of(override)!r}; {subject} must be {legal_value(inner)}") from None
+        raise ConfigError(f"{key} is {text_of(override)!r}; {subject} must be {legal_value(inner, schema)}") from None
     value = override.value()
     if is_auto_count(kinds[key][0]) and isinstance(value, str) and value != AUTO:
-        raise ConfigError(f"{key} is {text_of(override)!r}; it must be {legal_value(key)}")
+        raise ConfigError(f"{key} is {text_of(override)!r}; it must be {legal_value(key, schema)}")
 
 
 def is_auto_count(kind: Any) -> bool:
@@ -113,16 +113,14 @@ def check_choice(override: Override) -> None:
     group = override.key_or_group
     choices = sorted(path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml"))
     if not override.is_delete() and override.value() not in choices:
-        one_key = next(key for key in schema_kinds() if key.startswith(f"{group}."))
-        raise ConfigError(
-            f"{group} is {text_of(override)!r}; it must be one of {', '.join(choices)} "
-            f"(one key of it is set by its full name: {one_key}=...)"
-        )
+        one_key = next((key for key in schema_kinds() if key.startswith(f"{group}.")), None)
+        hint = f" (one key of it is set by its full name: {one_key}=...)" if one_key else ""
+        raise ConfigError(f"{group} is {text_of(override)!r}; it must be one of {', '.join(choices)}{hint}")
 
 
-def schema_kinds() -> dict[str, tuple[Any, Any]]:
+def schema_kinds(schema: type = RunConfig) -> dict[str, tuple[Any, Any]]:
     """Every key of the schema, with its type and default."""
-    return dict(_walk("", RunConfig()))
+    return dict(_walk("", schema()))
 
 
 def _walk(prefix: str, config: Any) -> typing.Iterator[tuple[str, tuple[Any, Any]]]:
@@ -134,9 +132,9 @@ def _walk(prefix: str, config: Any) -> typing.Iterator[tuple[str, tuple[Any, Any
             yield from _walk(f"{prefix}{item.name}.", value)
 
 
-def legal_value(key: str) -> str:
+def legal_value(key: str, schema: type = RunConfig) -> str:
     """What the type of a key allows, in words, with an example."""
-    kind, default = schema_kinds()[key]
+    kind, default = schema_kinds(schema)[key]
     if is_dataclass(kind):
         return f"left whole: set one of its keys, {', '.join(f'{key}.{item.name}' for item in fields(kind))}"
     if typing.get_origin(kind) is list:
@@ -152,13 +150,15 @@ def legal_value(key: str) -> str:
     return f"{words}{or_null}, for example {example}"
 
 
-def unknown_key(key: str, value: str, known: dict[str, Any]) -> str:
+def unknown_key(key: str, value: str, schema: type) -> str:
     """Names the nearest legal key: one spelled alike, or one whose last part is."""
+    known = schema_kinds(schema)
     by_last_part = {name.rpartition(".")[2]: name for name in known}
     alike = difflib.get_close_matches(key.rpartition(".")[2], by_last_part, n=1)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75) or [by_last_part[name] for name in alike]
     if near:
-        return f"there is no key {key} (given {value!r}); did you mean {near[0]}? It must be {legal_value(near[0])}"
+        rule = legal_value(near[0], schema)
+        return f"there is no key {key} (given {value!r}); did you mean {near[0]}? It must be {rule}"
     first_parts = sorted({name.partition(".")[0] for name in known})
     return f"there is no key {key} (given {value!r}); keys begin with {', '.join(first_parts)} (all: --cfg job)"
 

@@ -49,9 +49,9 @@ ROLE_OF_FILE = {
 }
 
 
-def check_start(config: RunConfig) -> None:
-    """What must hold on this machine before anything is loaded."""
-    place(config.placement, world_size())
+def check_start(config: RunConfig, num_processes: int | None = None) -> None:
+    """What must hold on this machine before anything is loaded; `num_processes` if not those that torchrun started."""
+    place(config.placement, num_processes or world_size())
     check_folder("output", config.output, "outputs/run")
     if config.tiers.disk.folder is not None:
         check_folder("tiers.disk.folder", config.tiers.disk.folder, "outputs/disk")

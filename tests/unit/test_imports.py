@@ -39,6 +39,8 @@ THIRD_PARTY_FENCES = {
     "tokenizers": ("launch/train_demo.py", "launch/demo_corpus.py"),
     "safetensors": ("workers/pretrained.py", "workers/sharded_weights.py", "launch/widen.py"),
     "accelerate": ("workers/sharded_weights.py",),
+    "matplotlib": ("launch/",),
+    "pyarrow": ("launch/sweep_table.py",),
     "psutil": ("tiers/memory.py",),
     "xxhash": ("tiers/checksum.py",),
 }

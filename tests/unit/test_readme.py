@@ -7,6 +7,7 @@ from pathlib import Path
 from conf.schema import RunConfig
 from launch.bench_config import BenchConfig
 from launch.plan import PlanConfig
+from launch.sweep_config import SweepConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,13 +31,13 @@ def keys_of(config, prefix: str = "") -> set[str]:
 def test_every_override_in_the_readme_is_a_key_of_the_schema():
     overrides = set(re.findall(r"(?<=\s)([a-z_]+(?:\.[a-z0-9_]+)*)=(?!=)", README))
     assert overrides, "the README shows overrides"
-    of_other_programs = (keys_of(PlanConfig()) | keys_of(BenchConfig())) - keys_of(RunConfig())
-    assert overrides - of_other_programs <= keys_of(RunConfig())
+    others = keys_of(PlanConfig()) | keys_of(BenchConfig()) | keys_of(SweepConfig()) | {"experiment"}
+    assert overrides <= keys_of(RunConfig()) | others
 
 
 def test_every_group_choice_in_the_readme_has_a_file():
-    for group in ("model", "hardware"):
+    for group in ("model", "hardware", "experiment"):
         choices = re.findall(rf"\b{group}=([\w.-]+)", README)
-        assert choices
+        assert choices or group == "experiment"
         for choice in choices:
             assert (ROOT / "conf" / group / f"{choice}.yaml").is_file(), choice
