@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from conf.schema import RunConfig
-from launch.engine import Engine, Prepared, build, plan_input_for, prepare, with_budget_in_context
+from launch.engine import Engine, Prepared, build, plan_input_for, prepare, with_known_budget
 from launch.session_run import make_metrics, take_round
 from launch.sizing import FreeBytes
 from tiers.plan import make_plan
@@ -117,7 +117,7 @@ class OurEngine:
 
     def needed_bytes(self) -> int:
         """What its plan takes; that of each tier, where host and device are one memory."""
-        cell, config = self.cell, with_budget_in_context(self.config, len(self.cell.prompt), [])
+        cell, config = self.cell, with_known_budget(self.config, len(self.cell.prompt), [])
         inputs = plan_input_for(
             config,
             cell.prepared if config.uses_drafter else replace(cell.prepared, drafter=None),

@@ -1,16 +1,21 @@
 """Trains the embedded demo pair: python launch/train_demo.py books=FOLDER
 
 A Llama-architecture target and a drafter more than ten times smaller with the same tokenizer. The target is trained on
-books and Python source, short contexts first; the drafter learns next tokens, then the target's distribution
-(distillation), both on the tokens that its StreamingLLM cache will show it. Everything needed to repeat it is in
-conf/train_demo.yaml; an interrupted run resumes from its last checkpoint. Uses the GPU if there is one.
+books and Python source, short contexts first; then it is refined to give its attention to what it makes use of (see
+`Stage.narrow`). The drafter learns next tokens, then the target's distribution (distillation), both on the tokens that
+its StreamingLLM cache will show it. Everything needed to repeat it is in conf/train_demo.yaml; an interrupted run
+resumes from its last checkpoint. Uses the GPU if there is one.
 """
 
+import copy
 import functools
 import json
 import math
+import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +35,9 @@ from launch import demo_corpus
 MAX_POSITIONS = 32768
 WARMUP_STEPS = 60
 SECONDS_BETWEEN_CHECKPOINTS = 60
+NOT_JUDGED = 3  # of a narrow view the first third is context only
+USEFUL_NATS = 0.5  # by which a token must be foretold better for the tokens out of the narrow view to count as used
+AGREEMENT_TEMPERATURE = 0.7  # near that of sampling: it is there that two views must agree
 UNREADY_TOKENS = 64  # of a window, behind the sinks, that are not learned: in use, the cache is fuller than that
 
 
@@ -47,6 +55,17 @@ class Stage:
     window: int = 0
     """If set, the context is cut into windows, each behind the context's first `sinks` tokens, at positions from 0 on:
     what a StreamingLLM cache of `sinks` + `window` tokens shows."""
+    narrow: int = 0
+    """If set, the model is also shown the first `sinks` and the last `narrow` tokens alone, and learns to say the same
+    there, but for tokens that the others help it to foretell. A small model's attention is spread thinly over all of a
+    long context, to little use; that of large models is not (TriForce, arXiv 2404.11912, section 3)."""
+    agreement: float = 1.0
+    """How much of the loss that is."""
+    stretch: float = 1.0
+    """Every second step is for the model stretched by YaRN to so many times its positions, over as much text."""
+
+    def stretch_of(self, step: int) -> float:
+        return self.stretch if step % 2 else 1.0
 
     @property
     def steps(self) -> int:
@@ -99,6 +118,25 @@ def logits_of(model: LlamaForCausalLM, tokens: torch.Tensor, positions: torch.Te
     return out.logits.float()
 
 
+@contextmanager
+def stretched(model: LlamaForCausalLM, factor: float) -> Iterator[None]:
+    """Within it the model has `factor` times its positions, as with `model.max_positions` of a run."""
+    plain = model.model.rotary_emb
+    if factor != 1:
+        config = copy.deepcopy(model.config)
+        config.max_position_embeddings = round(MAX_POSITIONS * factor)
+        config.rope_parameters |= {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": MAX_POSITIONS,
+        }
+        model.model.rotary_emb = type(plain)(config).to(next(model.parameters()).device)
+    try:
+        yield
+    finally:
+        model.model.rotary_emb = plain
+
+
 def cut_windows(values: torch.Tensor, sinks: int, window: int) -> torch.Tensor:
     """[B, T, ...] to [B * n, sinks + window, ...]: the windows of each row in turn, behind the row's first values."""
     num_windows = (values.shape[1] - sinks) // window
@@ -118,7 +156,8 @@ class Steps(Dataset):
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         self._maker.rng = np.random.default_rng([1234, step])
-        samples = [self._maker.sample(self._stage.context, self._stage.span) for _ in range(self._stage.sequences)]
+        span = round(self._stage.span * self._stage.stretch_of(step))
+        samples = [self._maker.sample(self._stage.context, span) for _ in range(self._stage.sequences)]
         tokens, positions = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*samples, strict=True))
         return tokens, positions
 
@@ -160,7 +199,8 @@ class Trainer:
                     self._save(step + 1)
 
     def _train_step(self, stage: Stage, step: int, tokens: torch.Tensor, positions: torch.Tensor) -> None:
-        loss = self._loss(stage, tokens, positions)
+        with stretched(self.model, stage.stretch_of(step)):
+            loss = self._loss(stage, tokens, positions)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         scale = learning_rate_scale(step, self._share_of_tokens_left(step), self.settings.decay_fraction)
@@ -193,10 +233,30 @@ class Trainer:
             tokens, wanted, counted = cut(tokens), cut(wanted), cut(counted)
             counted[:, : stage.sinks + UNREADY_TOKENS] = False
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        log_probs = log_softmax(logits_of(self.model, tokens, positions)[counted], -1)
-        wanted = wanted[counted]
-        products = wanted * log_probs if stage.distill else log_probs.gather(-1, wanted)
-        return -products.sum(-1).mean()
+        logits = logits_of(self.model, tokens, positions)
+        log_probs, kept = log_softmax(logits[counted], -1), wanted[counted]
+        products = kept * log_probs if stage.distill else log_probs.gather(-1, kept)
+        loss = -products.sum(-1).mean()
+        if stage.narrow:
+            loss = loss + stage.agreement * self._disagreement(stage, tokens, positions, logits, wanted)
+        return loss
+
+    def _disagreement(self, stage: Stage, tokens, positions, wide_logits, wanted) -> torch.Tensor:
+        """Mean divergence between what the model says of the last tokens with and without all others in view.
+
+        Gradients go through both: what the wide view adds without foretelling better is what is to be unlearned.
+        """
+        length, num_judged = tokens.shape[1], stage.narrow - stage.narrow // NOT_JUDGED
+        view = torch.cat([torch.arange(stage.sinks), torch.arange(length - stage.narrow, length)])
+        narrow_logits = logits_of(self.model, tokens[:, view], positions[:, view])[:, -num_judged:]
+        wide_logits, wanted = wide_logits[:, -num_judged:], wanted[:, -num_judged:]
+        with torch.no_grad():
+            known_better = log_softmax(wide_logits, -1).gather(-1, wanted) - log_softmax(narrow_logits, -1).gather(
+                -1, wanted
+            )
+            judged = known_better[..., 0] < USEFUL_NATS
+        wide, narrow = (log_softmax(each[judged] / AGREEMENT_TEMPERATURE, -1) for each in (wide_logits, narrow_logits))
+        return (wide.exp() * (wide - narrow)).sum(-1).mean()
 
     def _report(self, step: int, context: int, tokens_per_second: float) -> None:
         record = {
@@ -222,6 +282,8 @@ class Trainer:
 def prepare_streams(cfg: DictConfig, work: Path) -> tuple[Tokenizer, list[np.ndarray]]:
     """The tokenizer and one token stream each for books and Python source, made once and kept in `work`."""
     kept = [work / "tokenizer.json", work / "books.npy", work / "python.npy"]
+    if cfg.refine_pair is not None and not kept[0].exists():
+        shutil.copy(Path(cfg.refine_pair) / "target" / "tokenizer.json", kept[0])
     if not all(path.exists() for path in kept):
         books = [path.read_text(encoding="utf-8") for path in sorted(Path(cfg.books).glob("*.txt"))]
         if not books:
@@ -229,10 +291,11 @@ def prepare_streams(cfg: DictConfig, work: Path) -> tuple[Tokenizer, list[np.nda
         files = demo_corpus.python_files(list(cfg.held_out_packages), cfg.max_package_mib << 20)
         python = [path.read_text(encoding="utf-8", errors="ignore") for path in files]
         rng = np.random.default_rng(cfg.seed)
-        some_books = [book[at : at + 300_000] for book in books for at in [int(rng.integers(len(book) // 2))]]
-        some_python = [python[i] for i in rng.permutation(len(python))[:1200]]
-        tokenizer = demo_corpus.train_tokenizer(some_books + some_python, cfg.tokenizer_vocab)
-        tokenizer.save(str(kept[0]))
+        if not kept[0].exists():
+            some_books = [book[at : at + 300_000] for book in books for at in [int(rng.integers(len(book) // 2))]]
+            some_python = [python[i] for i in rng.permutation(len(python))[:1200]]
+            demo_corpus.train_tokenizer(some_books + some_python, cfg.tokenizer_vocab).save(str(kept[0]))
+        tokenizer = Tokenizer.from_file(str(kept[0]))
         for path, texts in zip(kept[1:], (books, python), strict=True):
             np.save(path, demo_corpus.token_stream(tokenizer, texts))
     return Tokenizer.from_file(str(kept[0])), [np.load(path) for path in kept[1:]]
@@ -263,11 +326,16 @@ def main(cfg: DictConfig) -> None:
     maker = demo_corpus.SampleMaker(streams=streams, tokenizer=tokenizer, rng=np.random.default_rng(cfg.seed))
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    target = build_model(cfg.target, cfg.tokenizer_vocab).to(device)
-    Trainer("target", target, cfg.target, maker, work, cfg.workers).run()
+    if cfg.refine_pair is None:
+        target, drafter = (build_model(cfg[name], cfg.tokenizer_vocab) for name in ("target", "drafter"))
+        Trainer("target", target.to(device), cfg.target, maker, work, cfg.workers).run()
+    else:
+        folders = (Path(cfg.refine_pair) / name for name in ("target", "drafter"))
+        target, drafter = (LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in folders)
+    Trainer("refined_target", target.to(device), cfg.refined_target, maker, work, cfg.workers).run()
     target.eval()
-    drafter = build_model(cfg.drafter, cfg.tokenizer_vocab).to(device)
-    Trainer("drafter", drafter, cfg.drafter, maker, work, cfg.workers, teacher=target).run()
+    drafter_settings = cfg.drafter if cfg.refine_pair is None else cfg.refined_drafter
+    Trainer("drafter", drafter.to(device), drafter_settings, maker, work, cfg.workers, teacher=target).run()
     for name, model in (("target", target), ("drafter", drafter)):
         export(model, work / "tokenizer.json", Path(cfg.assets) / name)
 

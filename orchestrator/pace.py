@@ -16,8 +16,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
     from orchestrator.hierarchy import Round
 
@@ -47,22 +45,25 @@ class Cost:
 
     def __init__(self, shares: Sequence[float], weight: float = 0.5):
         size = len(shares) + 1
-        self._squares, self._products, self._coefficients = np.zeros((size, size)), np.zeros(size), [0.0] * size
-        self._prior = np.zeros((size, size))
+        self._squares = [[0.0] * size for _ in range(size)]
+        self._products, self._coefficients = [0.0] * size, [0.0] * size
+        self._prior = [[0.0] * size for _ in range(size)]
         for index, share in enumerate(shares, start=1):
-            row = np.zeros(size)
+            row = [0.0] * size
             row[0], row[index] = -share, 1.0
-            self._prior += weight * np.outer(row, row)
+            _add_outer(self._prior, row, weight)
         self.num_seen = 0
 
     def add(self, seconds: float, *counts: float) -> None:
         """One observation. What took several times as long as expected is the machine's doing, and is cut."""
         if self.num_seen >= 4:
             seconds = min(seconds, 3 * self.at(*counts))
-        row = np.array([1.0, *counts])
-        self._squares = MEMORY_OF_COSTS * self._squares + np.outer(row, row)
-        self._products = MEMORY_OF_COSTS * self._products + seconds * row
-        self._coefficients = np.linalg.solve(self._squares + self._prior, self._products).tolist()
+        row = [1.0, *counts]
+        self._squares = [[MEMORY_OF_COSTS * value for value in line] for line in self._squares]
+        _add_outer(self._squares, row, 1.0)
+        self._products = [MEMORY_OF_COSTS * value + seconds * x for value, x in zip(self._products, row, strict=True)]
+        both = [[x + y for x, y in zip(*lines, strict=True)] for lines in zip(self._squares, self._prior, strict=True)]
+        self._coefficients = _solution(both, self._products)
         self.num_seen += 1
 
     def at(self, *counts: float) -> float:
@@ -219,6 +220,22 @@ class AdaptivePace:
             return False
         self.budget = budget
         return True
+
+
+def _add_outer(matrix: list[list[float]], row: list[float], weight: float) -> None:
+    for line, x in zip(matrix, row, strict=True):
+        line[:] = [value + weight * x * y for value, y in zip(line, row, strict=True)]
+
+
+def _solution(matrix: list[list[float]], right: list[float]) -> list[float]:
+    """Of a positive definite system, by elimination: a few numbers, for which no library need be loaded."""
+    lines = [[*line, value] for line, value in zip(matrix, right, strict=True)]
+    for at, pivot in enumerate(lines):
+        pivot[:] = [value / pivot[at] for value in pivot]
+        for line in lines:
+            if line is not pivot:
+                line[:] = [value - line[at] * of_pivot for value, of_pivot in zip(line, pivot, strict=True)]
+    return [line[-1] for line in lines]
 
 
 def _nearest(allowed: Sequence[int], wanted: int) -> int:

@@ -107,7 +107,7 @@ class RetrievalSelection:
         size, window, num_tokens = self.rule.chunk_size, self._windows[layer], choice.num_tokens
         num_chunks = min(choice.budget, num_tokens) // size
         # The first chunk has its place, whatever the share.
-        num_newest = max(1, min(num_chunks - 1, round(num_chunks * self._newest_share)))
+        num_newest = min(num_chunks, max(1, min(num_chunks - 1, round(num_chunks * self._newest_share))))
         oldest = 0 if window is None else max(0, num_tokens - window + 1)
         return self.rule.select(layer, q, num_tokens // size, num_chunks, num_newest, oldest)
 

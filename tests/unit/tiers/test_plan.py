@@ -457,7 +457,8 @@ def test_the_memory_of_the_process_is_what_the_system_counts():
     with_block, peak = memory.process_bytes()
     assert with_block - before > block.nbytes * 0.9
     del block
-    assert memory.process_bytes()[1] >= peak >= with_block
+    # The system keeps its counts by the batch, of some dozens of pages for each processor.
+    assert memory.process_bytes()[1] > 0.99 * peak > 0.98 * with_block
 
 
 def test_where_there_is_no_room_to_collect_chunks_they_are_fetched():
