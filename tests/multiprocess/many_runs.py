@@ -20,7 +20,7 @@ from orchestrator.placement import place
 
 def main(folder: Path, kind: str) -> int:
     if os.environ["RANK"] != "0":
-        return Guard().run()
+        return Guard(PlacementConfig().start_timeout_s).run()
     import torch
 
     from launch.pipeline import Company
