@@ -145,7 +145,7 @@ def _quoted(text: str) -> str:
 
 def most_per_round(config: RunConfig) -> int:
     """Tokens that one round can bring."""
-    return config.decoding.gamma1 + config.decoding.gamma2 + 1
+    return config.decoding.most_gamma1 + config.decoding.most_gamma2 + 1
 
 
 def contender_config(name: str, overrides: str, base: RunConfig) -> RunConfig:
