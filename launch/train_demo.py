@@ -256,7 +256,7 @@ class Trainer:
             )
             judged = known_better[..., 0] < USEFUL_NATS
         wide, narrow = (log_softmax(each[judged] / AGREEMENT_TEMPERATURE, -1) for each in (wide_logits, narrow_logits))
-        return (wide.exp() * (wide - narrow)).sum(-1).mean()
+        return (wide.exp() * (wide - narrow)).sum() / judged.sum().clamp_min(1)
 
     def _report(self, step: int, context: int, tokens_per_second: float) -> None:
         record = {

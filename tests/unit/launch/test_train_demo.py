@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch import train_demo
 from launch.demo_corpus import SampleMaker, train_tokenizer
-from launch.train_demo import Stage, Trainer, cut_windows, learning_rate_scale, logits_of
+from launch.train_demo import Stage, Trainer, cut_windows, learning_rate_scale, logits_of, stretched
 
 VOCAB = 300
 
@@ -144,3 +144,59 @@ def test_the_learning_rate_falls_with_the_tokens_left(tmp_path, maker):
     assert shares[0] == 1 and shares[-1] == 0
     assert shares[3] == pytest.approx(1 - 3 * 256 / total) and shares[8] == pytest.approx(2 * 131 / total)
     assert [learning_rate_scale(1000, share, 0.5) for share in (1, 0.5, 0.25, 0)] == [1, 1, 0.5, 0.03]
+
+
+NARROW = {"context": 65, "span": 65, "sequences": 1, "tokens": 65, "sinks": 4}
+
+
+def disagreement(one: Trainer, narrow: int) -> torch.Tensor:
+    stage = Stage(**NARROW, narrow=narrow)
+    tokens = torch.randint(0, VOCAB, (1, 65), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(65)[None]
+    wide = logits_of(one.model, tokens[:, :-1], positions[:, :-1])
+    return one._disagreement(stage, tokens[:, :-1], positions[:, :-1], wide, tokens[:, 1:, None])
+
+
+def test_a_view_that_lacks_nothing_agrees_and_one_that_lacks_much_does_not(tmp_path, maker):
+    one = trainer(tmp_path, maker, [PLAIN])
+    with torch.no_grad():
+        assert disagreement(one, 60).item() == pytest.approx(0, abs=3e-5)
+        assert disagreement(one, 24).item() > 1e-4
+
+
+def test_gradients_of_a_disagreement_reach_the_wide_view_too(tmp_path, maker):
+    one = trainer(tmp_path, maker, [PLAIN])
+    tokens = torch.randint(0, VOCAB, (1, 64), generator=torch.Generator().manual_seed(1))
+    wide = logits_of(one.model, tokens, torch.arange(64)[None]).detach().requires_grad_()
+    one._disagreement(Stage(**NARROW, narrow=24), tokens, torch.arange(64)[None], wide, tokens[..., None]).backward()
+    assert wide.grad[:, :40].abs().sum() == 0 and wide.grad[:, -16:].abs().sum() > 0
+
+
+def test_what_the_wide_view_foretells_better_is_not_to_be_unlearned(tmp_path, maker, monkeypatch):
+    one = trainer(tmp_path, maker, [PLAIN])
+    monkeypatch.setattr(train_demo, "USEFUL_NATS", -100.0)  # as if everything were
+    assert disagreement(one, 24).item() == 0
+
+
+def test_every_second_step_is_stretched_over_as_much_more_text(maker):
+    stage = Stage(context=256, span=512, sequences=1, tokens=256, stretch=4)
+    last = [int(train_demo.Steps(maker, stage, 0)[step][1].max()) for step in range(20)]
+    assert max(last[::2]) < 512 < max(last[1::2]) < 2048
+
+
+def test_a_stretched_model_is_that_of_a_run_with_more_positions(monkeypatch):
+    monkeypatch.setattr(train_demo, "MAX_POSITIONS", 2048)
+    model, tokens = tiny_llama(), torch.arange(1, 30)[None]
+    plain = logits_of(model, tokens, torch.arange(29)[None])
+    config = LlamaConfig.from_dict(model.config.to_dict())
+    config.rope_parameters = config.rope_parameters | {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048,
+    }  # fmt: skip
+    config.max_position_embeddings = 8192
+    other = LlamaForCausalLM(config)
+    other.load_state_dict(model.state_dict())
+    with stretched(model, 4):
+        inside = logits_of(model, tokens, torch.arange(29)[None])
+    assert torch.equal(inside, logits_of(other, tokens, torch.arange(29)[None]))
+    assert not torch.equal(inside, plain)
+    assert torch.equal(logits_of(model, tokens, torch.arange(29)[None]), plain)
