@@ -47,8 +47,13 @@ def read_config(overrides: list[str]) -> RunConfig:
 def compose_program(name: str, overrides: list[str], keys: str) -> Any:
     """The configuration conf/<name>.yaml with these overrides, for a program whose `keys` are documented there.
 
-    Raises ConfigError.
+    With --help it prints the defaults, and ends the program. Raises ConfigError.
     """
+    if {"--help", "-h"} & set(overrides):
+        with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
+            defaults = OmegaConf.to_yaml(hydra.compose(name))
+        print(f"{defaults}\n# Change them by key=value; what each means: {keys}")
+        raise SystemExit(0)
     try:
         with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
             return OmegaConf.to_object(hydra.compose(name, overrides=overrides))

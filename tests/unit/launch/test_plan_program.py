@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -113,3 +114,13 @@ def test_what_cannot_be_planned_is_refused_in_one_message(overrides, words):
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert all(word in result.stderr for word in words), result.stderr
+
+
+@pytest.mark.parametrize("name", ["plan", "bench", "analyze", "widen", "measure_gpu"])
+def test_help_shows_the_defaults(name, capsys):
+    program = importlib.import_module(f"launch.{name}")
+    with pytest.raises(SystemExit) as ended:
+        program.main(["--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert "output:" in out and "key=value" in out
