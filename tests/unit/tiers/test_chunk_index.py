@@ -255,7 +255,7 @@ def test_rebuild_brings_the_true_tokens_of_the_chosen_chunks_and_of_the_incomple
                 at = positions[head]
                 assert (at.diff() > 0).all()
                 assert_same_tokens((k[head], v[head]), (k_all[head, at], v_all[head, at]))
-                num_newest = max(1, min(num_chunks - 1, round(num_chunks * newest_share)))
+                num_newest = min(num_chunks, max(1, min(num_chunks - 1, round(num_chunks * newest_share))))
                 newest = range(num_tokens - num_rest - num_newest * chunk_size, num_tokens)
                 assert set(newest) <= set(at.tolist())
                 assert num_chunks == num_newest or at[0] == 0
