@@ -244,8 +244,7 @@ def _by_matmul(q_HRD, k, v, scale, mask, softcap, bias=None, chunks=None):
         ]
         return tuple(torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True))
     if k.device.type == "cpu":
-        # In bf16, the batched product with transposed keys takes 3 to 6 times as long.
-        scores = torch.stack([torch.nn.functional.linear(rows, keys) for rows, keys in zip(q_HRD, k, strict=True)])
+        scores = torch.stack([_products(rows, keys) for rows, keys in zip(q_HRD, k, strict=True)])
     else:
         scores = torch.bmm(q_HRD, k.transpose(1, 2))
     scores = (scores if scores.dtype == torch.float64 else scores.float()) * scale
@@ -260,9 +259,25 @@ def _by_matmul(q_HRD, k, v, scale, mask, softcap, bias=None, chunks=None):
     weights = scores.sub_(best).exp_()
     total = weights.sum(-1, keepdim=True)
     share_of = total.clamp_min(torch.finfo(weights.dtype).tiny)
-    out = torch.bmm(weights.to(v.dtype), v).to(weights.dtype) / share_of
+    shares = weights.to(v.dtype)
+    if v.device.type == "cpu":  # a batched product would first copy values that are part of a larger tensor
+        out = torch.stack([torch.mm(rows, values) for rows, values in zip(shares, v, strict=True)])
+    else:
+        out = torch.bmm(shares, v)
+    out = out.to(weights.dtype) / share_of
     lse = best + total.log()
     return (out, lse) if chunks is None else (out, lse, chunks.sums(weights).div_(share_of))
+
+
+def _products(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Of each row with each key: [R, N].
+
+    Keys come first: they are read as they lie, which in bf16 takes half as long as the product of rows and keys, and a
+    third of a batched one.
+    """
+    if rows.shape[0] == 1:
+        return torch.mv(keys, rows[0])[None]
+    return torch.mm(keys, rows.t()).t()
 
 
 def _by_flash(q, k, v, scale, is_causal):
