@@ -53,6 +53,7 @@ from launch.engine import prepare
 from launch.levels_in_turns import LevelsInTurns, Sample
 from launch.overrides import compose_program
 from launch.prompt import read_prompt
+from launch.run import refuse
 from launch.widen import Fill, WidenConfig, Widened, widen
 from orchestrator.report import versions
 from tiers.base import Segment
@@ -471,8 +472,7 @@ def main(argv: list[str] | None = None) -> int:
         config = compose_program("measure_gpu", sys.argv[1:] if argv is None else argv, "launch/measure_gpu.py")
         results = measure(config)
     except ConfigError as error:
-        print(f"tierforce: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     print(results.page())
     return 1 if results.has_failed else 0
 

@@ -25,6 +25,7 @@ from conf.model_shapes import ModelShape, model_shape
 from conf.model_source import model_source
 from conf.schema import AUTO, LOOKUP_DRAFTER, ConfigError, RunConfig, require
 from launch.overrides import compose_program
+from launch.run import refuse
 from launch.sizing import FreeBytes, ModelSize, budgets, gammas1, gammas2, plan_input
 from tiers.base import BlockShape, CacheShape, page_aligned
 from tiers.cost import (
@@ -322,8 +323,7 @@ def main(argv: list[str] | None = None) -> int:
         hardware = measured(config.hardware, Path(config.tiers.disk.folder or "."))
         made = forecast(config, hardware)
     except ConfigError as error:
-        print(f"tierforce: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     show(console, config, hardware, made)
     return 0
 

@@ -27,6 +27,7 @@ from conf.model_shapes import PUBLISHED, ModelShape, model_shape
 from conf.model_source import model_source
 from conf.schema import ConfigError, Dtype, require
 from launch.overrides import compose_program
+from launch.run import refuse
 from launch.widening import Widening, make_noise
 from workers.sharded_weights import weight_files
 
@@ -219,8 +220,7 @@ def main(argv: list[str] | None = None) -> int:
         config = compose_program("widen", sys.argv[1:] if argv is None else argv, "launch/widen.py")
         done = widen(config)
     except ConfigError as error:
-        print(f"tierforce: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     shape = done.shape
     print(
         f"{done.folder}: {shape.num_layers} layers, hidden {shape.hidden_size}, MLP {shape.intermediate_size}, "

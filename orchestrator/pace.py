@@ -152,24 +152,25 @@ class AdaptivePace:
         """(seconds per token, γ1, γ2)."""
         per_step = self._of_drafter.tokens(self._gammas1[-1])
         per_round = self._acceptance_with(budget).tokens(self._gammas2[-1] + self._gammas1[-1])
-        return min(
-            (self._seconds(budget, gamma1, gamma2, per_step[gamma1]) / per_round[gamma2 + extra], gamma1, gamma2)
-            for gamma1 in self._gammas1
+        refresh = self._refresh.at()
+        verifications = [self._verify.at(gamma2 + 1) + refresh for gamma2 in self._gammas2]
+        choices = []
+        for gamma1 in self._gammas1:
+            of_drafted = self._seconds_of_drafted(budget, gamma1, per_step[gamma1])
             # Of an inner step's tokens all are proposed, those too that are more than were asked for.
-            for extra in [round((per_step[gamma1] - 1) / 2) if self._budgets else 0]
-            for gamma2 in self._gammas2
-            for extra in [extra if gamma2 else 0]
-        )
+            extra = round((per_step[gamma1] - 1) / 2) if self._budgets else 0
+            for gamma2, verification in zip(self._gammas2, verifications, strict=True):
+                seconds = verification + of_drafted * max(0.0, gamma2 - self._from_ahead)
+                num_proposed = gamma2 + extra if gamma2 else 0
+                choices.append((seconds / per_round[num_proposed], gamma1, gamma2))
+        return min(choices)
 
-    def _seconds(self, budget: int, gamma1: int, gamma2: int, tokens_per_step: float) -> float:
-        """Of a round."""
-        seconds = self._verify.at(gamma2 + 1) + self._refresh.at()
-        drafted = max(0.0, gamma2 - self._from_ahead)
+    def _seconds_of_drafted(self, budget: int, gamma1: int, tokens_per_step: float) -> float:
+        """For each token of a block."""
         if not self._budgets:
-            return seconds + drafted * self._draft.at()
+            return self._draft.at()
         slots = (budget + self._tokens_since_rebuild) / 1024
-        step = gamma1 * self._draft.at() + self._retrieval.at(gamma1 + 1, slots)
-        return seconds + step * drafted / tokens_per_step
+        return (gamma1 * self._draft.at() + self._retrieval.at(gamma1 + 1, slots)) / tokens_per_step
 
     def _acceptance_with(self, budget: int) -> Acceptance:
         own, present = self._of_budget[budget], self._of_budget[self._key]
@@ -214,11 +215,11 @@ class AdaptivePace:
         is_known = self._of_budget[self._key].weight >= TOKENS_TO_LEAVE_A_BUDGET or not self.gamma2
         if len(self._budgets) < 2 or self._num_rounds <= len(WARM_UP) or not is_known:
             return False
-        present = self._best(self._key)[0]
-        fastest, budget = min((self._best(budget)[0], budget) for budget in self._budgets)
-        if fastest > present * (1 - WORTH_REBUILDING):
+        seconds = {budget: self._best(budget)[0] for budget in self._budgets}
+        fastest = min(self._budgets, key=seconds.get)
+        if seconds[fastest] > seconds[self._key] * (1 - WORTH_REBUILDING):
             return False
-        self.budget = budget
+        self.budget = fastest
         return True
 
 
