@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conf.schema import ConfigError
 from launch.report_data import Point, Results, load, results_of, symbol, where
+from launch.run import refuse
 
 FORMATS = ("png", "svg")
 SHOWN_CONDITIONS = (
@@ -64,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not results.points:
             raise ConfigError(f"{str(arguments.source)!r} has no run that is done and timed")
     except ConfigError as error:
-        print(f"tierforce: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     folder = arguments.output or (arguments.source if arguments.source.is_dir() else arguments.source.parent) / "report"
     write_report(results, folder, arguments.formats.split(","))
     return 0

@@ -251,10 +251,8 @@ class Trainer:
         narrow_logits = logits_of(self.model, tokens[:, view], positions[:, view])[:, -num_judged:]
         wide_logits, wanted = wide_logits[:, -num_judged:], wanted[:, -num_judged:]
         with torch.no_grad():
-            known_wide, known_narrow = (
-                log_softmax(each, -1).gather(-1, wanted) for each in (wide_logits, narrow_logits)
-            )
-            judged = (known_wide - known_narrow)[..., 0] < USEFUL_NATS
+            of_wanted = [log_softmax(each, -1).gather(-1, wanted)[..., 0] for each in (wide_logits, narrow_logits)]
+            judged = of_wanted[0] - of_wanted[1] < USEFUL_NATS
         wide, narrow = (log_softmax(each[judged] / AGREEMENT_TEMPERATURE, -1) for each in (wide_logits, narrow_logits))
         return (wide.exp() * (wide - narrow)).sum() / judged.sum().clamp_min(1)
 
