@@ -17,8 +17,8 @@ from workers.recorded import RecordedModel, Recorder
 
 SHAPE = CacheShape(num_layers=2, num_kv_heads=2, head_dim=8, dtype=torch.float32)
 """Of the tiny Llama in fp32."""
-# Both attend to the same keys; empty slots only change the order of sums.
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+# Both attend to the same keys; empty slots, and another kernel for them, only change the order of sums.
+TOLERANCE = {"rtol": 1e-5, "atol": 3e-5}
 
 
 def random_update(generator: torch.Generator, length: int, budget: int, num_summaries: list[int]) -> RetrievalUpdate:

@@ -4,8 +4,17 @@ Shapes: H kv heads, G query heads of one kv head, T new tokens, N keys, D head d
 Attention runs over the cache's segments one after another and is merged by log-sum-exp, so that keys may stream
 through the device. K and V are never repeated: the query heads of a group are rows of one matrix.
 
-Measured (one x86 core, 2 heads of 128, 32K keys): for up to 64 rows, matmul - softmax - matmul is 2 to 3 times as fast
-as the flash kernel in bf16 and as fast in fp32; beyond, the flash kernel wins and needs no memory for scores.
+Two ways: the device's flash kernel, and matmul - softmax - matmul, which needs memory for scores. On a GPU the latter
+is for up to 64 rows. On CPUs it is for some rows over many keys in bf16. Measured (two x86 cores with AMX, torch 2.13,
+2 heads of 128), milliseconds by flash kernel and by matmul:
+
+    rows    keys      bf16            fp32
+    1       1,024     0.04   0.17     0.05   0.09
+    1       16,384    0.59   0.93     1.15   1.27
+    8       4,096     0.22   0.40
+    8       16,384    1.30   1.28
+    8       32,768    3.16   2.52
+    16      32,768    3.30   2.96     5.69   6.65
 """
 
 from __future__ import annotations
@@ -20,9 +29,13 @@ import torch
 from transformers import AttentionInterface
 
 from tiers.base import KVCache, Segment
+from workers.few_rows import dot_products, weighted_sums
 
 ATTENTION_NAME = "tierforce"
 MATMUL_MAX_ROWS = 64
+CPU_MATMUL_MIN_KEYS = 16384
+MASKED_MAX_KEYS = 8192
+"""On CPUs new tokens among so many keys are masked; beyond, their part is computed by itself."""
 SCORES_MAX_BYTES = 64 << 20
 CUDA_SCORES_MAX_BYTES = 256 << 20
 """More slices of rows read all keys more often, and that is what attention takes time for on a GPU."""
@@ -138,22 +151,28 @@ def attend(q, segments, *, first_position, scale, window=None, softcap=None, sin
     """
     heads, groups, num_new, dim = q.shape
     merged = _Merged()
-    num_rows = groups * num_new
-    use_flash = num_rows > MATMUL_MAX_ROWS and softcap is None and mass is None
+    has_flash = softcap is None and mass is None
     for segment in segments:
+        if segment.bias is not None and segment.hidden is None and has_flash and q.device.type == "cpu":
+            out, lse = _by_flash_biased(q, segment.k, segment.v, scale, segment.bias[:, None])
+            # Of a row that sees nothing the kernel says that its sum is 1.
+            merged.add(out, lse.masked_fill(segment.bias.amax(-1)[:, None, None] == -torch.inf, -torch.inf))
+            continue
         if segment.bias is not None or segment.hidden is not None:
             rows = None if segment.hidden is None else segment.hidden.repeat(1, groups, 1)
             merged.add(*_by_matmul(q.flatten(1, 2), segment.k, segment.v, scale, rows, softcap, segment.bias))
             continue
-        for part in _split(segment) if use_flash else [segment]:
+        use_flash = has_flash and _flash_wins(q, segment.k)
+        for part in _parts_for_flash(segment, groups * num_new) if use_flash else [segment]:
             sees = _visibility(part, num_new, first_position, window)
             if use_flash and sees is ALL:
                 merged.add(*_by_flash(q, part.k, part.v, scale, is_causal=False))
             elif use_flash and sees is TRIANGLE and part.k.shape[1] == num_new:
                 merged.add(*_by_flash(q, part.k, part.v, scale, is_causal=True))
+            elif use_flash and sees is TRIANGLE:
+                merged.add(*_by_flash_biased(q, part.k, part.v, scale, _triangle(q, part.k.shape[1])))
             else:
-                hidden = _hidden(part, num_new, first_position, window, sees)
-                rows = None if hidden is None else hidden.repeat(1, groups, 1)
+                rows = _hidden(part, num_new, groups, first_position, window, sees)
                 chunks = None if mass is None else mass.chunks_of(part)
                 out, lse, *shares = _by_matmul(q.flatten(1, 2), part.k, part.v, scale, rows, softcap, chunks=chunks)
                 merged.add(out, lse)
@@ -164,10 +183,20 @@ def attend(q, segments, *, first_position, scale, window=None, softcap=None, sin
     return merged.result(sink_logits, groups, num_new).to(q.dtype).view(heads, groups, num_new, dim)
 
 
-def _split(segment: Segment) -> list[Segment]:
-    """Old keys, which need no mask, and new ones; without padding: as the flash kernels want them."""
+def _flash_wins(q: torch.Tensor, k: torch.Tensor) -> bool:
+    num_rows = q.shape[1] * q.shape[2]
+    if q.device.type != "cpu" or num_rows > MATMUL_MAX_ROWS:
+        return num_rows > MATMUL_MAX_ROWS
+    return num_rows == 1 or q.dtype.itemsize > 2 or k.shape[1] < CPU_MATMUL_MIN_KEYS
+
+
+def _parts_for_flash(segment: Segment, num_rows: int) -> list[Segment]:
+    """Without padding: old keys, which need no mask, and new ones; for few rows and keys on a CPU they stay one."""
     end = segment.k.shape[1] - segment.num_pad
     middle = end - segment.num_new
+    is_small = num_rows <= MATMUL_MAX_ROWS and end <= MASKED_MAX_KEYS
+    if segment.k.device.type == "cpu" and (is_small or segment.num_new == 1):
+        return [_part(segment, slice(0, end), segment.num_new)]
     parts = [(slice(0, middle), 0), (slice(middle, end), segment.num_new)]
     return [_part(segment, keys, num_new) for keys, num_new in parts if keys.stop > keys.start]
 
@@ -189,19 +218,21 @@ def _visibility(part: Segment, num_new: int, first_position: int, window: int | 
     return TRIANGLE if part.num_new and num_new > 1 else ALL
 
 
-def _hidden(part: Segment, num_new: int, first_position: int, window: int | None, sees: str) -> torch.Tensor | None:
-    """A mask [1 or H, T, n], true where one of the last n slots must not be seen; None: all are seen."""
+def _hidden(
+    part: Segment, num_new: int, groups: int, first_position: int, window: int | None, sees: str
+) -> torch.Tensor | None:
+    """A mask [1 or H, R, n], true where one of the last n slots must not be seen; None: all are seen."""
     num_keys, device = part.k.shape[1] - part.num_pad, part.k.device
     if sees is not WINDOW:
         width = (part.num_new if sees is TRIANGLE else 0) + part.num_pad
-        return _tail_mask(num_new, width, part.num_pad, device, _stream_of(device)) if width else None
+        return _tail_mask(num_new, groups, width, part.num_pad, device, _stream_of(device)) if width else None
     q_positions = torch.arange(first_position, first_position + num_new, device=device)[:, None]
     if part.positions is None:
         k_positions = torch.arange(part.start, part.start + num_keys, device=device)[None, None]
     else:
         k_positions = part.positions[:, None, :num_keys]
     hidden = (k_positions > q_positions) | (k_positions <= q_positions - window)
-    return torch.nn.functional.pad(hidden, (0, part.num_pad), value=True)
+    return torch.nn.functional.pad(hidden, (0, part.num_pad), value=True).repeat(1, groups, 1)
 
 
 def _stream_of(device: torch.device) -> int:
@@ -209,14 +240,14 @@ def _stream_of(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _tail_mask(num_new: int, width: int, num_pad: int, device: torch.device, stream: int) -> torch.Tensor:
-    """Hides padding, and new tokens from those before them, in the last `width` slots: [1, T, width].
+def _tail_mask(num_new: int, groups: int, width: int, num_pad: int, device: torch.device, stream: int) -> torch.Tensor:
+    """Hides padding, and new tokens from those before them, in the last `width` slots: [1, R, width].
 
     Each `stream` has masks of its own: another would not wait until they are written.
     """
     slots = torch.arange(width, device=device)
     last_seen = torch.arange(num_new, device=device) if width > num_pad else torch.full((num_new,), -1, device=device)
-    return (slots > last_seen[:, None])[None]
+    return (slots > last_seen[:, None])[None].repeat(1, groups, 1)
 
 
 def _by_matmul(q_HRD, k, v, scale, mask, softcap, bias=None, chunks=None):
@@ -243,11 +274,12 @@ def _by_matmul(q_HRD, k, v, scale, mask, softcap, bias=None, chunks=None):
             for at in range(0, q_HRD.shape[1], rows_at_once)
         ]
         return tuple(torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True))
-    if k.device.type == "cpu":
-        scores = torch.stack([_products(rows, keys) for rows, keys in zip(q_HRD, k, strict=True)])
+    on_cpu = k.device.type == "cpu"
+    if on_cpu:  # a batched product would first copy keys, or values, that are part of a larger tensor
+        scores = torch.stack([dot_products(rows, keys) for rows, keys in zip(q_HRD, k, strict=True)])
     else:
         scores = torch.bmm(q_HRD, k.transpose(1, 2))
-    scores = (scores if scores.dtype == torch.float64 else scores.float()) * scale
+    scores = (scores if scores.dtype == torch.float64 else scores.float()).mul_(scale)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if bias is not None:
@@ -260,24 +292,13 @@ def _by_matmul(q_HRD, k, v, scale, mask, softcap, bias=None, chunks=None):
     total = weights.sum(-1, keepdim=True)
     share_of = total.clamp_min(torch.finfo(weights.dtype).tiny)
     shares = weights.to(v.dtype)
-    if v.device.type == "cpu":  # a batched product would first copy values that are part of a larger tensor
-        out = torch.stack([torch.mm(rows, values) for rows, values in zip(shares, v, strict=True)])
+    if on_cpu:
+        out = torch.stack([weighted_sums(rows, values) for rows, values in zip(shares, v, strict=True)])
     else:
-        out = torch.bmm(shares, v)
-    out = out.to(weights.dtype) / share_of
+        out = torch.bmm(shares, v).to(weights.dtype)
+    out = out / share_of
     lse = best + total.log()
     return (out, lse) if chunks is None else (out, lse, chunks.sums(weights).div_(share_of))
-
-
-def _products(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Of each row with each key: [R, N].
-
-    Keys come first: they are read as they lie, which in bf16 takes half as long as the product of rows and keys, and a
-    third of a batched one.
-    """
-    if rows.shape[0] == 1:
-        return torch.mv(keys, rows[0])[None]
-    return torch.mm(keys, rows.t()).t()
 
 
 def _by_flash(q, k, v, scale, is_causal):
@@ -301,6 +322,29 @@ def _by_flash(q, k, v, scale, is_causal):
         lse = lse[..., : q_1HRD.shape[2]]  # padded by the kernel
     dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
     return out[0].to(dtype), lse[0, ..., None].to(dtype)
+
+
+def _by_flash_biased(q, k, v, scale, bias):
+    """The same on a CPU with `bias` [R or 1, N], or [H, 1, N], added to the scores; -inf where a key is not seen."""
+    if q.dtype == torch.float64:  # the kernel would take fp32 for it
+        bias = bias.double()
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q.flatten(1, 2)[None], k[None], v[None], attn_mask=bias[None] if bias.dim() == 3 else bias, scale=scale
+    )
+    return out[0].to(lse.dtype), lse[0, ..., None]
+
+
+def _triangle(q: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """What hides from the last T of `num_keys` tokens those after them: [R, N]."""
+    _, groups, num_new, _ = q.shape
+    bias = _largest_triangle()[-num_new:, MASKED_MAX_KEYS - num_keys :]
+    return bias if groups == 1 else bias.repeat(groups, 1)
+
+
+@lru_cache
+def _largest_triangle() -> torch.Tensor:
+    rows = torch.full((MATMUL_MAX_ROWS, MASKED_MAX_KEYS), -torch.inf)
+    return rows.triu_(MASKED_MAX_KEYS - MATMUL_MAX_ROWS + 1)
 
 
 @lru_cache

@@ -14,6 +14,7 @@ from tiers.full_cache import FullCache
 from tiers.retrieval_cache import RetrievalCache, RetrievalUpdate
 from tiers.retrieval_selection import RetrievalSelection
 from tiers.streaming_llm_cache import StreamingLLMCache
+from workers import few_rows
 from workers.attention import ATTENTION_NAME, ForwardPass, Progress, active
 from workers.layer_major import LayerMajor
 from workers.messages import UpdateNotice
@@ -30,6 +31,8 @@ class CausalModel:
         model.set_attn_implementation(ATTENTION_NAME)
         self._rotary_table = make_length_independent(model)
         self.progress = Progress()
+        if device.type == "cpu":
+            few_rows.use_in(model)
 
     @cached_property
     def layer_major(self) -> LayerMajor:
