@@ -28,6 +28,8 @@ from workers.messages import NO_TOKEN, Draft, Verdict
 CHOOSE, ACCEPT, REPLACE, RACE = range(4)
 NUM_PURPOSES = 4
 SUM_TOLERANCE = 1e-3
+NUM_CANDIDATES = 128
+"""On a CPU top-k and top-p look at so many tokens first: all of a vocabulary are rarely worth sorting."""
 
 
 class NotFiniteError(ArithmeticError):
@@ -49,19 +51,37 @@ def distribution(logits: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     logits = (logits - best) / sampling.temperature
     vocab_size = logits.shape[-1]
-    keep_all_ranks = not 0 < sampling.top_k < vocab_size
-    if keep_all_ranks and sampling.top_p >= 1:
+    cuts_ranks = 0 < sampling.top_k < vocab_size
+    if not cuts_ranks and sampling.top_p >= 1:
         return torch.softmax(logits, -1)
+    most = NUM_CANDIDATES if logits.device.type == "cpu" else vocab_size  # a GPU sorts faster than it is asked
+    if most < vocab_size and (not cuts_ranks or sampling.top_k < most):
+        ids = logits.topk(most, sorted=False).indices.sort(-1).values
+        ordered, order = logits.gather(-1, ids).sort(stable=True, dim=-1, descending=True)
+        probs = _cut(ordered, sampling, None if cuts_ranks else logits.exp().sum(-1, keepdim=True))
+        # Tokens like the last candidate may not be among them: none of those kept may be one.
+        if not bool(((probs > 0) & (ordered == ordered[..., -1:])).any()):
+            return torch.zeros_like(logits).scatter_(-1, ids.gather(-1, order), probs)
     ordered, order = logits.sort(stable=True, dim=-1, descending=True)
-    if not keep_all_ranks:
-        ordered[..., sampling.top_k :] = -torch.inf
-    probs = torch.softmax(ordered, -1)
+    probs = _cut(ordered, sampling, None)
+    return torch.empty_like(probs).scatter_(-1, order, probs)
+
+
+def _cut(ordered: torch.Tensor, sampling: SamplingConfig, total: torch.Tensor | None) -> torch.Tensor:
+    """Probabilities [n, m] of the tokens that stay, of logits in descending order with a maximum of 0.
+
+    `total` [n, 1] is the sum of exp over all tokens, where there are more than these and rank cuts none of them off.
+    """
+    weights = ordered.exp()
+    if sampling.top_k > 0:
+        weights[..., sampling.top_k :] = 0
+    probs = weights / (weights.sum(-1, keepdim=True) if total is None else total)
     before = probs.cumsum(-1) - probs
     # The most probable token stays whatever rounding says of its `before`.
     before[..., 0] = 0
-    probs = probs.masked_fill(before >= sampling.top_p, 0) if sampling.top_p < 1 else probs
-    probs = probs / probs.sum(-1, keepdim=True)
-    return torch.empty_like(probs).scatter_(-1, order, probs)
+    if sampling.top_p < 1:
+        probs = probs.masked_fill(before >= sampling.top_p, 0)
+    return probs / probs.sum(-1, keepdim=True)
 
 
 class RandomSource(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+import workers.acceptance
 from conf.schema import Coupling, SamplingConfig
 from tests.toy_models import EXACT, MarkovModel, make_setup, random_table
 from workers.acceptance import (
@@ -125,6 +127,32 @@ def test_top_k_keeps_the_k_best_and_top_p_the_fewest_that_reach_it(logits, tempe
     assert num_kept <= num_ranked
     assert float(ranked[: num_kept - 1].sum()) < top_p + 1e-12
     assert float(ranked[:num_kept].sum()) >= top_p - 1e-12
+
+
+def test_a_look_at_the_best_tokens_alone_changes_no_distribution(monkeypatch):
+    sort, sizes = torch.Tensor.sort, set()
+
+    def noting_sort(tensor, *args, **kwargs):
+        sizes.add(tensor.shape[-1])
+        return sort(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "sort", noting_sort)
+    counts = {"few": 0, "all": 0}
+    logits = torch.randn(40, 200, generator=torch.Generator().manual_seed(0))
+    logits[:, ::7] = -torch.inf
+    for scale, top_k, is_whole in itertools.product([0.0, 0.3, 3.0, 12.0], [0, 1, 5, 12, 30], [True, False]):
+        sampling = SamplingConfig(temperature=1.0, top_p=0.6, top_k=top_k)
+        scaled = logits * scale if scale else torch.zeros_like(logits)
+        for row in scaled.round() if is_whole else scaled:  # whole numbers: many are equal
+            outs = []
+            for num_candidates in (200, 12):
+                sizes.clear()
+                monkeypatch.setattr(workers.acceptance, "NUM_CANDIDATES", num_candidates)
+                outs.append(distribution(row[None], sampling))
+            counts["all" if 200 in sizes else "few"] += 1
+            assert torch.equal(outs[0] > 0, outs[1] > 0)
+            torch.testing.assert_close(*outs, rtol=1e-5, atol=0)
+    assert min(counts.values()) > 100
 
 
 def test_of_equal_logits_the_lower_ids_are_kept():
