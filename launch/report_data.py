@@ -12,9 +12,7 @@ from typing import Any
 from conf.schema import ConfigError
 from launch.sweep_table import (
     DONE,
-    JOB_COLUMNS,
     JOBS,
-    METRICS,
     TABLE,
     TAKES_NO_PART,
     Row,
@@ -138,7 +136,8 @@ def results_of(rows: list[Row]) -> Results:
 
 
 def _is_setting(key: str) -> bool:
-    return key not in METRICS and key not in NOISE and (key == "processes" or key not in JOB_COLUMNS)
+    """Keys of the configuration have a group, columns of what was measured have none."""
+    return key == "processes" or ("." in key and key not in NOISE)
 
 
 def _identity(settings: dict[str, Any]) -> tuple:

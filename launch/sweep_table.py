@@ -19,6 +19,7 @@ JOBS, ROW, TABLE = "jobs", "row.json", "table"
 DONE, FAILED, REFUSED = "done", "failed", "refused"
 JOB_COLUMNS = ("id", "status", "exit_code", "message", "log", "seconds", "host", "processes", "repetition")
 LEVELS = ("retrieval", "drafter")
+MEMORIES = ("device", "host", "disk", "process")
 PHASES = ("draft", "retrieval", "verify", "refresh", "reread")
 METRICS = (
     "tbt_ms",
@@ -39,7 +40,7 @@ METRICS = (
     "streamed_bytes",
     "stream_gb_per_s",
     "stall_s",
-    *(f"{tier}_peak_bytes" for tier in ("device", "host", "disk")),
+    *(f"{memory}_peak_bytes" for memory in MEMORIES),
     "torch",
     "tierforce",
 )
@@ -92,7 +93,7 @@ def row_of_result(result: Mapping[str, Any]) -> Row:
         row[f"{name}_accepted_per_position"] = level["accepted_per_position"]
     row |= {"streamed_bytes": streaming.get("bytes"), "stall_s": streaming.get("stall_s")}
     row["stream_gb_per_s"] = streaming.get("gb_per_s")
-    row |= {f"{tier}_peak_bytes": memory["peak_bytes"] for tier, memory in result["memory"].items()}
+    row |= {f"{memory}_peak_bytes": result["memory"].get(memory, {}).get("peak_bytes") for memory in MEMORIES}
     return row | {name: result["versions"].get(name) for name in ("torch", "tierforce")}
 
 

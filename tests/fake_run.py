@@ -65,7 +65,7 @@ def result(config: dict, how: str | None) -> dict:
             "rebuilds": 0,
             "levels": [level | {"name": name} for name in ("drafter", "retrieval")],
         },
-        "memory": {"device": {"planned_bytes": 10, "peak_bytes": 9}},
+        "memory": {tier: {"planned_bytes": 10, "peak_bytes": 9} for tier in ("device", "host", "disk", "process")},
         "streaming": {"bytes": 5, "seconds": 0.1, "gb_per_s": 0.5, "stall_s": 0.01},
         "versions": {"torch": "2", "tierforce": "0"},
     }

@@ -28,7 +28,7 @@ from launch.overrides import CONFIG_FOLDER
 from launch.sweep_config import SweepConfig, read_sweep
 from launch.sweep_job import jobs_of, override_of
 from launch.sweep_progress import SweepProgress, duration
-from launch.sweep_table import finished_result, read_rows, read_table, row_of_result, write_row, write_table
+from launch.sweep_table import METRICS, finished_result, read_rows, read_table, row_of_result, write_row, write_table
 from tests import fake_run
 
 ROOT = Path(sweep.__file__).parents[1]
@@ -298,6 +298,13 @@ def test_a_table_of_mixed_values_reads_back_equal(tmp_path):
         assert [row["sampling.temperature"] for row in table] == [0, 0.5, None, None]
         assert [str(row["decoding.gamma1"]) for row in table] == ["None", "None", "auto", "2"]
         assert table[1]["message"] == 'é"' and table[3]["retrieval_accepted_per_position"] == [1.0, 0.5]
+
+
+def test_what_a_run_measured_is_none_of_its_settings():
+    row = row_of_result(fake_run.result({"decoding": {"mode": "autoregressive", "gamma1": 2, "gamma2": 8}}, None))
+    assert row["process_peak_bytes"] == 9
+    assert [key for key in row if key not in METRICS and "." not in key] == []
+    assert [key for key in METRICS if key not in row] == []
 
 
 def test_settings_without_a_part_in_a_run_are_null():
