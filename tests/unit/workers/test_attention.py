@@ -15,16 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import workers.attention
+import workers.attention_kernels
 from tests.all_caches import ALL_CACHES, full_cache, kept, positions_of
 from tiers.base import CacheShape, Segment
-from workers.attention import (
-    CPU_MATMUL_MIN_KEYS,
-    MASKED_MAX_KEYS,
-    ForwardPass,
-    active,
-    attend,
-    cached_attention,
-)
+from workers.attention import ForwardPass, active, attend, cached_attention
+from workers.attention_kernels import CPU_MATMUL_MIN_KEYS, MASKED_MAX_KEYS
 
 REPEATABLE = settings(derandomize=True, deadline=None, max_examples=80)
 HEADS, DIM = 2, 16
@@ -181,7 +176,7 @@ def test_no_token_sees_a_later_one(num_new):
 def test_bounding_the_memory_of_scores_changes_the_result_by_rounding_alone(monkeypatch, softcap):
     q, k, v = random_qkv(4, 70, 130, torch.float64)
     wanted = attend(q, cut(k, v, 70, (20,)), first_position=60, scale=SCALE, window=30, softcap=softcap)
-    monkeypatch.setattr(workers.attention, "SCORES_MAX_BYTES", 7 * HEADS * 110 * 4)
+    monkeypatch.setattr(workers.attention_kernels, "SCORES_MAX_BYTES", 7 * HEADS * 110 * 4)
     got = attend(q, cut(k, v, 70, (20,)), first_position=60, scale=SCALE, window=30, softcap=softcap)
     assert_near(got, wanted, torch.float64)
 
@@ -192,7 +187,7 @@ def test_matmul_and_flash_kernel_agree(monkeypatch, num_new, num_groups):
     q, k, v = random_qkv(num_groups, num_new, num_new + 50)
     outs = []
     for use_flash in (True, False):
-        monkeypatch.setattr(workers.attention, "_flash_wins", lambda q, k, use_flash=use_flash: use_flash)
+        monkeypatch.setattr(workers.attention, "flash_wins", lambda q, k, use_flash=use_flash: use_flash)
         outs.append(attend(q, cut(k, v, num_new, (30,), num_pad=4), first_position=50, scale=SCALE))
     torch.testing.assert_close(outs[0], outs[1], rtol=2e-6, atol=2e-6)
 
