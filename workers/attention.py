@@ -139,9 +139,13 @@ def attend(q, segments, *, first_position, scale, window=None, softcap=None, sin
     sliding `window`, > i - window. `mass`, a ChunkMass, learns where the attention went.
     """
     heads, groups, num_new, dim = q.shape
+    if q.stride(-1) != 1:  # which the flash kernels take for granted
+        q = q.contiguous()
     merged = _Merged()
     has_flash = softcap is None and mass is None
     for segment in segments:
+        if not segment.k.shape[1]:
+            continue
         if segment.bias is not None and segment.hidden is None and has_flash and q.device.type == "cpu":
             merged.add(*by_flash_biased(q, segment.k, segment.v, scale, segment.bias[:, None]))
             continue
@@ -150,6 +154,12 @@ def attend(q, segments, *, first_position, scale, window=None, softcap=None, sin
             merged.add(*by_matmul(q.flatten(1, 2), segment.k, segment.v, scale, rows, softcap, segment.bias))
             continue
         use_flash = has_flash and flash_wins(q, segment.k)
+        is_windowed = window is not None and _visibility(segment, num_new, first_position, window) is WINDOW
+        if use_flash and is_windowed and groups * num_new <= MATMUL_MAX_ROWS:
+            hidden = _hidden(segment, num_new, groups, first_position, window, WINDOW)
+            bias = torch.zeros(hidden.shape, dtype=torch.float32).masked_fill_(hidden, -torch.inf)
+            merged.add(*by_flash_biased(q, segment.k, segment.v, scale, bias))
+            continue
         for part in _parts_for_flash(segment, groups * num_new) if use_flash else [segment]:
             sees = _visibility(part, num_new, first_position, window)
             if use_flash and sees is ALL:
@@ -157,7 +167,7 @@ def attend(q, segments, *, first_position, scale, window=None, softcap=None, sin
             elif use_flash and sees is TRIANGLE and part.k.shape[1] == num_new:
                 merged.add(*by_flash(q, part.k, part.v, scale, is_causal=True))
             elif use_flash and sees is TRIANGLE:
-                merged.add(*by_flash_biased(q, part.k, part.v, scale, triangle_bias(q, part.k.shape[1])))
+                merged.add(*by_flash_biased(q, part.k, part.v, scale, triangle_bias(groups, num_new, part.k.shape[1])))
             else:
                 rows = _hidden(part, num_new, groups, first_position, window, sees)
                 chunks = None if mass is None else mass.chunks_of(part)
@@ -205,7 +215,10 @@ def _hidden(
     num_keys, device = part.k.shape[1] - part.num_pad, part.k.device
     if sees is not WINDOW:
         width = (part.num_new if sees is TRIANGLE else 0) + part.num_pad
-        return _tail_mask(num_new, groups, width, part.num_pad, device, _stream_of(device)) if width else None
+        if not width:
+            return None
+        mask = _tail_mask(num_new, width, part.num_pad, device, _stream_of(device))
+        return mask if groups == 1 else mask.repeat(1, groups, 1)
     q_positions = torch.arange(first_position, first_position + num_new, device=device)[:, None]
     if part.positions is None:
         k_positions = torch.arange(part.start, part.start + num_keys, device=device)[None, None]
@@ -220,14 +233,14 @@ def _stream_of(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _tail_mask(num_new: int, groups: int, width: int, num_pad: int, device: torch.device, stream: int) -> torch.Tensor:
-    """Hides padding, and new tokens from those before them, in the last `width` slots: [1, R, width].
+def _tail_mask(num_new: int, width: int, num_pad: int, device: torch.device, stream: int) -> torch.Tensor:
+    """Hides padding, and new tokens from those before them, in the last `width` slots: [1, T, width].
 
     Each `stream` has masks of its own: another would not wait until they are written.
     """
     slots = torch.arange(width, device=device)
     last_seen = torch.arange(num_new, device=device) if width > num_pad else torch.full((num_new,), -1, device=device)
-    return (slots > last_seen[:, None])[None].repeat(1, groups, 1)
+    return (slots > last_seen[:, None])[None]
 
 
 class _Merged:

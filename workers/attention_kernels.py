@@ -1,8 +1,9 @@
 """Attention of some queries to some keys, by torch operations alone: out and log-sum-exp, to be merged with others.
 
-Two ways: the device's flash kernel, and matmul - softmax - matmul, which needs memory for scores. On a GPU the latter
-is for up to 64 rows. On CPUs it is for some rows over many keys in bf16. Measured (two x86 cores with AMX, torch 2.13,
-2 heads of 128), milliseconds by flash kernel and by matmul:
+Two ways: the device's flash kernel, and matmul - softmax - matmul, which needs memory for scores, and which alone knows
+soft caps and tells where attention goes. On a GPU it is for up to 64 rows besides; on CPUs for some rows over many keys
+in bf16, and where the flash kernel, which parts work by heads and rows, would leave threads idle. Measured (two x86
+cores with AMX, torch 2.13, 2 heads of 128), milliseconds by flash kernel and by matmul:
 
     rows    keys      bf16            fp32
     1       1,024     0.04   0.17     0.05   0.09
@@ -23,6 +24,8 @@ from workers.few_rows import dot_products, weighted_sums
 
 MATMUL_MAX_ROWS = 64
 CPU_MATMUL_MIN_KEYS = 16384
+CPU_FLASH_ROWS, CPU_IDLE_MAX_KEYS = 32, 4096
+"""Rows that a thread takes at once; with so few keys it does not matter who is idle."""
 MASKED_MAX_KEYS = 8192
 """On CPUs new tokens among so many keys are masked; beyond, their part is computed by itself."""
 SCORES_MAX_BYTES = 64 << 20
@@ -36,7 +39,10 @@ def flash_wins(q: torch.Tensor, k: torch.Tensor) -> bool:
     num_rows = q.shape[1] * q.shape[2]
     if q.device.type != "cpu" or num_rows > MATMUL_MAX_ROWS:
         return num_rows > MATMUL_MAX_ROWS
-    return num_rows == 1 or q.dtype.itemsize > 2 or k.shape[1] < CPU_MATMUL_MIN_KEYS
+    num_parts = q.shape[0] * -(-num_rows // CPU_FLASH_ROWS)
+    if k.shape[1] > CPU_IDLE_MAX_KEYS and num_parts < torch.get_num_threads():
+        return False
+    return num_rows == 1 or q.dtype != torch.bfloat16 or k.shape[1] < CPU_MATMUL_MIN_KEYS
 
 
 def by_matmul(q_HRD, k, v, scale, mask, softcap, bias=None, chunks=None):
@@ -80,12 +86,13 @@ def by_matmul(q_HRD, k, v, scale, mask, softcap, bias=None, chunks=None):
     weights = scores.sub_(best).exp_()
     total = weights.sum(-1, keepdim=True)
     share_of = total.clamp_min(torch.finfo(weights.dtype).tiny)
-    shares = weights.to(v.dtype)
+    is_half = v.dtype == torch.float16  # in which the sum over many keys may not fit
+    shares = (weights / share_of if is_half else weights).to(v.dtype)
     if on_cpu:
         out = torch.stack([weighted_sums(rows, values) for rows, values in zip(shares, v, strict=True)])
     else:
         out = torch.bmm(shares, v).to(weights.dtype)
-    out = out / share_of
+    out = out if is_half else out / share_of
     lse = best + total.log()
     return (out, lse) if chunks is None else (out, lse, chunks.sums(weights).div_(share_of))
 
@@ -116,7 +123,7 @@ def by_flash(q, k, v, scale, is_causal):
 def by_flash_biased(q, k, v, scale, bias):
     """The same on a CPU with a bias added to the scores, -inf where a key is not seen.
 
-    `bias`: [R, N], in which each row sees some keys, or [H, 1, N].
+    `bias`: [R, N], in which each row sees some keys, or [1 or H, 1 or R, N].
     """
     if q.dtype == torch.float64:  # the kernel would take fp32 for it
         bias = bias.double()
@@ -129,16 +136,16 @@ def by_flash_biased(q, k, v, scale, bias):
     return out[0].to(lse.dtype), lse
 
 
-def triangle_bias(q: torch.Tensor, num_keys: int) -> torch.Tensor:
+@lru_cache(maxsize=4)  # for the layers of a pass
+def triangle_bias(groups: int, num_new: int, num_keys: int) -> torch.Tensor:
     """What hides from the last T of `num_keys` tokens those after them: [R, N]."""
-    _, groups, num_new, _ = q.shape
     bias = _largest_triangle()[-num_new:, MASKED_MAX_KEYS - num_keys :]
     return bias if groups == 1 else bias.repeat(groups, 1)
 
 
 @lru_cache
 def _largest_triangle() -> torch.Tensor:
-    rows = torch.full((MATMUL_MAX_ROWS, MASKED_MAX_KEYS), -torch.inf)
+    rows = torch.full((MATMUL_MAX_ROWS, MASKED_MAX_KEYS), -torch.inf, dtype=torch.float32, device="cpu")
     return rows.triu_(MASKED_MAX_KEYS - MATMUL_MAX_ROWS + 1)
 
 
