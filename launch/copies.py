@@ -13,7 +13,8 @@ from tiers.base import BlockShape, Segment
 from tiers.device_tier import DeviceTier
 from tiers.pinned_host_tier import PinnedHostTier, can_pin
 from tiers.transfer import make_streamer
-from workers.attention import ChunkMass, attend
+from workers.attention import attend
+from workers.chunk_mass import ChunkMass
 
 NUM_HEADS, HEAD_DIM = 32, 128
 BYTES_PER_TOKEN = 2 * NUM_HEADS * HEAD_DIM * 2

@@ -58,7 +58,7 @@ from launch.widen import Fill, WidenConfig, Widened, widen
 from orchestrator.report import versions
 from tiers.base import Segment
 from tiers.pinned_host_tier import can_pin
-from workers import attention
+from workers import attention_kernels
 from workers.attention import attend
 from workers.model import CausalModel
 
@@ -230,16 +230,16 @@ class Measurement:
         dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
         num_keys = self._config.on_chip_tokens
         k, v = torch.randn(2, 32, num_keys, 128, device=self._device, dtype=dtype)
-        rows, usual = [], attention.MATMUL_MAX_ROWS
+        rows, usual = [], attention_kernels.MATMUL_MAX_ROWS
         for num_rows in (1, 9, 17, 33):
             q = torch.randn(32, 1, num_rows, 128, device=self._device, dtype=dtype)
             row = {"rows": num_rows, "keys": num_keys}
             for name, most_rows in (("by matrix products, ms", num_rows), ("by the flash kernel, ms", 0)):
-                attention.MATMUL_MAX_ROWS = most_rows
+                attention_kernels.MATMUL_MAX_ROWS = most_rows
                 try:
                     row[name] = self._milliseconds(lambda q=q: _attend_once(q, k, v))
                 finally:
-                    attention.MATMUL_MAX_ROWS = usual
+                    attention_kernels.MATMUL_MAX_ROWS = usual
             rows.append(row)
             self._results.set_table("Attention of one layer", rows)
 

@@ -18,6 +18,7 @@ from launch.sweep_table import (
     Row,
     axes_of,
     finished_result,
+    is_setting,
     read_rows,
     read_table,
     row_of_result,
@@ -26,8 +27,8 @@ from launch.sweep_table import (
 from orchestrator.report import RESULT
 
 BASELINE = "autoregressive"
-NOISE = ("repetition", "sampling.seed")
-"""Rows that differ in nothing else measure the same thing."""
+SEED = "sampling.seed"
+"""Rows that differ in nothing else, or are repetitions, measure the same thing."""
 MODE = "mode"
 SYMBOLS = {"decoding.gamma1": "γ1", "decoding.gamma2": "γ2", "prompt.max_tokens": "context", "decoding.mode": MODE}
 """Short names of settings; of any other the last part of its key."""
@@ -125,7 +126,7 @@ def results_of(rows: list[Row]) -> Results:
     done = [row for row in rows if row.get("status", DONE) == DONE and row.get("tbt_ms") is not None]
     groups: dict[tuple, Point] = {}
     for row in done:
-        settings = {key: value for key, value in row.items() if _is_setting(key)}
+        settings = {key: value for key, value in row.items() if is_setting(key) and key != SEED}
         group = groups.setdefault(_identity(settings), Point(settings=settings, rows=[]))
         group.rows.append(row)
     points = list(groups.values())
@@ -133,11 +134,6 @@ def results_of(rows: list[Row]) -> Results:
     axes = axes_of(point.settings for point in points)
     points.sort(key=lambda point: [sort_key(point.settings.get(axis)) for axis in axes])
     return Results(points=points, axes=axes, not_done=[row for row in rows if row not in done])
-
-
-def _is_setting(key: str) -> bool:
-    """Keys of the configuration have a group, columns of what was measured have none."""
-    return key == "processes" or ("." in key and key not in NOISE)
 
 
 def _identity(settings: dict[str, Any]) -> tuple:

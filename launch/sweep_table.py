@@ -44,7 +44,7 @@ METRICS = (
     "torch",
     "tierforce",
 )
-"""Columns of what was measured; all others are settings, by their key."""
+"""Columns of what was measured. Settings go by their key, which has a group: a dot."""
 
 TAKES_NO_PART = {
     "autoregressive": ("model.drafter", "decoding.gamma1", "decoding.gamma2", "decoding.overlap", "cache.retrieval.",
@@ -61,6 +61,10 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in config.items():
         items |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return items
+
+
+def is_setting(key: str) -> bool:
+    return "." in key or key == "processes"
 
 
 def takes_part(key: str, mode: str) -> bool:
@@ -128,7 +132,7 @@ def axes_of(rows: Iterable[Row]) -> list[str]:
     values: dict[str, set[str]] = {}
     for row in rows:
         for key, value in row.items():
-            if key not in METRICS and key not in JOB_COLUMNS[:-2] and value is not None:
+            if (is_setting(key) or key == "repetition") and value is not None:
                 values.setdefault(key, set()).add(repr(value))
     return [key for key, different in values.items() if len(different) > 1]
 
@@ -143,7 +147,7 @@ def sort_key(value: Any) -> tuple[int, float, str]:
 
 def write_table(folder: Path, rows: list[Row]) -> list[Path]:
     """table.csv, and table.parquet where pyarrow is installed."""
-    settings = dict.fromkeys(key for row in rows for key in row if key not in JOB_COLUMNS and key not in METRICS)
+    settings = dict.fromkeys(key for row in rows for key in row if is_setting(key) and key not in JOB_COLUMNS)
     columns = [*JOB_COLUMNS, *settings, *METRICS]
     rows = [{column: _cell(row.get(column)) for column in columns} for row in rows]
     paths = [folder / f"{TABLE}.csv"]

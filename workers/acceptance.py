@@ -50,38 +50,39 @@ def distribution(logits: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor
     if sampling.is_greedy:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     logits = (logits - best) / sampling.temperature
+    probs = torch.softmax(logits, -1)
     vocab_size = logits.shape[-1]
     cuts_ranks = 0 < sampling.top_k < vocab_size
     if not cuts_ranks and sampling.top_p >= 1:
-        return torch.softmax(logits, -1)
+        return probs
     most = NUM_CANDIDATES if logits.device.type == "cpu" else vocab_size  # a GPU sorts faster than it is asked
     if most < vocab_size and (not cuts_ranks or sampling.top_k < most):
         ids = logits.topk(most, sorted=False).indices.sort(-1).values
         ordered, order = logits.gather(-1, ids).sort(stable=True, dim=-1, descending=True)
-        probs = _cut(ordered, sampling, None if cuts_ranks else logits.exp().sum(-1, keepdim=True))
+        ids = ids.gather(-1, order)
+        kept = _cut(probs.gather(-1, ids), sampling)
         # Tokens like the last candidate may not be among them: none of those kept may be one.
-        if not bool(((probs > 0) & (ordered == ordered[..., -1:])).any()):
-            return torch.zeros_like(logits).scatter_(-1, ids.gather(-1, order), probs)
-    ordered, order = logits.sort(stable=True, dim=-1, descending=True)
-    probs = _cut(ordered, sampling, None)
-    return torch.empty_like(probs).scatter_(-1, order, probs)
+        if not bool(((kept > 0) & (ordered == ordered[..., -1:])).any()):
+            return torch.zeros_like(probs).scatter_(-1, ids, kept)
+    ids = logits.sort(stable=True, dim=-1, descending=True).indices
+    return torch.empty_like(probs).scatter_(-1, ids, _cut(probs.gather(-1, ids), sampling))
 
 
-def _cut(ordered: torch.Tensor, sampling: SamplingConfig, total: torch.Tensor | None) -> torch.Tensor:
-    """Probabilities [n, m] of the tokens that stay, of logits in descending order with a maximum of 0.
+def _cut(probs: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:
+    """Of descending probabilities [n, m] those that stay, adding up to 1.
 
-    `total` [n, 1] is the sum of exp over all tokens, where there are more than these and rank cuts none of them off.
+    Sums run from the first to the last, so that what is behind the last that stays changes no bit.
     """
-    weights = ordered.exp()
-    if sampling.top_k > 0:
-        weights[..., sampling.top_k :] = 0
-    probs = weights / (weights.sum(-1, keepdim=True) if total is None else total)
-    before = probs.cumsum(-1) - probs
-    # The most probable token stays whatever rounding says of its `before`.
-    before[..., 0] = 0
+    if 0 < sampling.top_k < probs.shape[-1]:
+        probs = probs.clone()
+        probs[..., sampling.top_k :] = 0
+        probs = probs / probs.cumsum(-1)[..., -1:]
     if sampling.top_p < 1:
+        before = probs.cumsum(-1) - probs
+        # The most probable token stays whatever rounding says of its `before`.
+        before[..., 0] = 0
         probs = probs.masked_fill(before >= sampling.top_p, 0)
-    return probs / probs.sum(-1, keepdim=True)
+    return probs / probs.cumsum(-1)[..., -1:]
 
 
 class RandomSource(Protocol):

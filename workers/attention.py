@@ -3,18 +3,6 @@
 Shapes: H kv heads, G query heads of one kv head, T new tokens, N keys, D head dimension, R = G * T query rows.
 Attention runs over the cache's segments one after another and is merged by log-sum-exp, so that keys may stream
 through the device. K and V are never repeated: the query heads of a group are rows of one matrix.
-
-Two ways: the device's flash kernel, and matmul - softmax - matmul, which needs memory for scores. On a GPU the latter
-is for up to 64 rows. On CPUs it is for some rows over many keys in bf16. Measured (two x86 cores with AMX, torch 2.13,
-2 heads of 128), milliseconds by flash kernel and by matmul:
-
-    rows    keys      bf16            fp32
-    1       1,024     0.04   0.17     0.05   0.09
-    1       16,384    0.59   0.93     1.15   1.27
-    8       4,096     0.22   0.40
-    8       16,384    1.30   1.28
-    8       32,768    3.16   2.52
-    16      32,768    3.30   2.96     5.69   6.65
 """
 
 from __future__ import annotations
@@ -29,17 +17,18 @@ import torch
 from transformers import AttentionInterface
 
 from tiers.base import KVCache, Segment
-from workers.few_rows import dot_products, weighted_sums
+from workers.attention_kernels import (
+    MASKED_MAX_KEYS,
+    MATMUL_MAX_ROWS,
+    by_flash,
+    by_flash_biased,
+    by_matmul,
+    flash_wins,
+    triangle_bias,
+)
+from workers.chunk_mass import ChunkMass
 
 ATTENTION_NAME = "tierforce"
-MATMUL_MAX_ROWS = 64
-CPU_MATMUL_MIN_KEYS = 16384
-MASKED_MAX_KEYS = 8192
-"""On CPUs new tokens among so many keys are masked; beyond, their part is computed by itself."""
-SCORES_MAX_BYTES = 64 << 20
-CUDA_SCORES_MAX_BYTES = 256 << 20
-"""More slices of rows read all keys more often, and that is what attention takes time for on a GPU."""
-FLASH_CAPABILITY = (8, 0)
 
 
 @dataclass(slots=True)
@@ -150,44 +139,45 @@ def attend(q, segments, *, first_position, scale, window=None, softcap=None, sin
     sliding `window`, > i - window. `mass`, a ChunkMass, learns where the attention went.
     """
     heads, groups, num_new, dim = q.shape
+    if q.stride(-1) != 1:  # which the flash kernels take for granted
+        q = q.contiguous()
     merged = _Merged()
     has_flash = softcap is None and mass is None
     for segment in segments:
+        if not segment.k.shape[1]:
+            continue
         if segment.bias is not None and segment.hidden is None and has_flash and q.device.type == "cpu":
-            out, lse = _by_flash_biased(q, segment.k, segment.v, scale, segment.bias[:, None])
-            # Of a row that sees nothing the kernel says that its sum is 1.
-            merged.add(out, lse.masked_fill(segment.bias.amax(-1)[:, None, None] == -torch.inf, -torch.inf))
+            merged.add(*by_flash_biased(q, segment.k, segment.v, scale, segment.bias[:, None]))
             continue
         if segment.bias is not None or segment.hidden is not None:
             rows = None if segment.hidden is None else segment.hidden.repeat(1, groups, 1)
-            merged.add(*_by_matmul(q.flatten(1, 2), segment.k, segment.v, scale, rows, softcap, segment.bias))
+            merged.add(*by_matmul(q.flatten(1, 2), segment.k, segment.v, scale, rows, softcap, segment.bias))
             continue
-        use_flash = has_flash and _flash_wins(q, segment.k)
+        use_flash = has_flash and flash_wins(q, segment.k)
+        is_windowed = window is not None and _visibility(segment, num_new, first_position, window) is WINDOW
+        if use_flash and is_windowed and groups * num_new <= MATMUL_MAX_ROWS:
+            hidden = _hidden(segment, num_new, groups, first_position, window, WINDOW)
+            bias = torch.zeros(hidden.shape, dtype=torch.float32).masked_fill_(hidden, -torch.inf)
+            merged.add(*by_flash_biased(q, segment.k, segment.v, scale, bias))
+            continue
         for part in _parts_for_flash(segment, groups * num_new) if use_flash else [segment]:
             sees = _visibility(part, num_new, first_position, window)
             if use_flash and sees is ALL:
-                merged.add(*_by_flash(q, part.k, part.v, scale, is_causal=False))
+                merged.add(*by_flash(q, part.k, part.v, scale, is_causal=False))
             elif use_flash and sees is TRIANGLE and part.k.shape[1] == num_new:
-                merged.add(*_by_flash(q, part.k, part.v, scale, is_causal=True))
+                merged.add(*by_flash(q, part.k, part.v, scale, is_causal=True))
             elif use_flash and sees is TRIANGLE:
-                merged.add(*_by_flash_biased(q, part.k, part.v, scale, _triangle(q, part.k.shape[1])))
+                merged.add(*by_flash_biased(q, part.k, part.v, scale, triangle_bias(groups, num_new, part.k.shape[1])))
             else:
                 rows = _hidden(part, num_new, groups, first_position, window, sees)
                 chunks = None if mass is None else mass.chunks_of(part)
-                out, lse, *shares = _by_matmul(q.flatten(1, 2), part.k, part.v, scale, rows, softcap, chunks=chunks)
+                out, lse, *shares = by_matmul(q.flatten(1, 2), part.k, part.v, scale, rows, softcap, chunks=chunks)
                 merged.add(out, lse)
                 if mass is not None:
                     mass.add(chunks, *shares, lse)
     if mass is not None:
         mass.finish(merged.lse)
     return merged.result(sink_logits, groups, num_new).to(q.dtype).view(heads, groups, num_new, dim)
-
-
-def _flash_wins(q: torch.Tensor, k: torch.Tensor) -> bool:
-    num_rows = q.shape[1] * q.shape[2]
-    if q.device.type != "cpu" or num_rows > MATMUL_MAX_ROWS:
-        return num_rows > MATMUL_MAX_ROWS
-    return num_rows == 1 or q.dtype.itemsize > 2 or k.shape[1] < CPU_MATMUL_MIN_KEYS
 
 
 def _parts_for_flash(segment: Segment, num_rows: int) -> list[Segment]:
@@ -225,7 +215,10 @@ def _hidden(
     num_keys, device = part.k.shape[1] - part.num_pad, part.k.device
     if sees is not WINDOW:
         width = (part.num_new if sees is TRIANGLE else 0) + part.num_pad
-        return _tail_mask(num_new, groups, width, part.num_pad, device, _stream_of(device)) if width else None
+        if not width:
+            return None
+        mask = _tail_mask(num_new, width, part.num_pad, device, _stream_of(device))
+        return mask if groups == 1 else mask.repeat(1, groups, 1)
     q_positions = torch.arange(first_position, first_position + num_new, device=device)[:, None]
     if part.positions is None:
         k_positions = torch.arange(part.start, part.start + num_keys, device=device)[None, None]
@@ -240,118 +233,14 @@ def _stream_of(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _tail_mask(num_new: int, groups: int, width: int, num_pad: int, device: torch.device, stream: int) -> torch.Tensor:
-    """Hides padding, and new tokens from those before them, in the last `width` slots: [1, R, width].
+def _tail_mask(num_new: int, width: int, num_pad: int, device: torch.device, stream: int) -> torch.Tensor:
+    """Hides padding, and new tokens from those before them, in the last `width` slots: [1, T, width].
 
     Each `stream` has masks of its own: another would not wait until they are written.
     """
     slots = torch.arange(width, device=device)
     last_seen = torch.arange(num_new, device=device) if width > num_pad else torch.full((num_new,), -1, device=device)
-    return (slots > last_seen[:, None])[None].repeat(1, groups, 1)
-
-
-def _by_matmul(q_HRD, k, v, scale, mask, softcap, bias=None, chunks=None):
-    """(out [H, R, D], log-sum-exp [H, R, 1]) in fp32 (fp64 for fp64); rows in slices that bound the scores' memory.
-
-    `mask` [1 or H, R, n] hides some of the last n keys; `bias` [H, N] is added to each row's scores. With `chunks`
-    there is a third: what share of these keys' attention each of the chunks got, [H, R, chunks].
-    """
-    row_bytes = k.shape[0] * k.shape[1] * 4
-    max_bytes = CUDA_SCORES_MAX_BYTES if k.device.type == "cuda" else SCORES_MAX_BYTES
-    rows_at_once = max(1, max_bytes // row_bytes)
-    if q_HRD.shape[1] > rows_at_once:
-        pieces = [
-            _by_matmul(
-                q_HRD[:, at : at + rows_at_once],
-                k,
-                v,
-                scale,
-                None if mask is None else mask[:, at : at + rows_at_once],
-                softcap,
-                bias,
-                chunks,
-            )
-            for at in range(0, q_HRD.shape[1], rows_at_once)
-        ]
-        return tuple(torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True))
-    on_cpu = k.device.type == "cpu"
-    if on_cpu:  # a batched product would first copy keys, or values, that are part of a larger tensor
-        scores = torch.stack([dot_products(rows, keys) for rows, keys in zip(q_HRD, k, strict=True)])
-    else:
-        scores = torch.bmm(q_HRD, k.transpose(1, 2))
-    scores = (scores if scores.dtype == torch.float64 else scores.float()).mul_(scale)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if bias is not None:
-        scores += bias[:, None]
-    if mask is not None:
-        scores[..., scores.shape[-1] - mask.shape[-1] :].masked_fill_(mask, -torch.inf)
-    # A row that sees nothing here has no finite score: a finite maximum keeps NaN out of it.
-    best = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
-    weights = scores.sub_(best).exp_()
-    total = weights.sum(-1, keepdim=True)
-    share_of = total.clamp_min(torch.finfo(weights.dtype).tiny)
-    shares = weights.to(v.dtype)
-    if on_cpu:
-        out = torch.stack([weighted_sums(rows, values) for rows, values in zip(shares, v, strict=True)])
-    else:
-        out = torch.bmm(shares, v).to(weights.dtype)
-    out = out / share_of
-    lse = best + total.log()
-    return (out, lse) if chunks is None else (out, lse, chunks.sums(weights).div_(share_of))
-
-
-def _by_flash(q, k, v, scale, is_causal):
-    """(out [H, R, D], log-sum-exp [H, R, 1]) by the fused kernel of the device; `is_causal`: as many keys as tokens."""
-    if is_causal and q.shape[1] > 1:  # the kernel's triangle knows no groups
-        outs, lses = zip(*[_by_flash(q[:, g : g + 1], k, v, scale, True) for g in range(q.shape[1])], strict=True)
-        return torch.cat(outs, dim=1), torch.cat(lses, dim=1)
-    q_1HRD, k, v = q.flatten(1, 2)[None], k[None], v[None]
-    if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q_1HRD, k, v, is_causal=is_causal, scale=scale
-        )
-    elif _can_flash(q.device, q.dtype, q.shape[-1]):
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-            q_1HRD, k, v, is_causal=is_causal, scale=scale
-        )
-    else:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            q_1HRD, k, v, None, compute_log_sumexp=True, is_causal=is_causal, scale=scale
-        )
-        lse = lse[..., : q_1HRD.shape[2]]  # padded by the kernel
-    dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
-    return out[0].to(dtype), lse[0, ..., None].to(dtype)
-
-
-def _by_flash_biased(q, k, v, scale, bias):
-    """The same on a CPU with `bias` [R or 1, N], or [H, 1, N], added to the scores; -inf where a key is not seen."""
-    if q.dtype == torch.float64:  # the kernel would take fp32 for it
-        bias = bias.double()
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q.flatten(1, 2)[None], k[None], v[None], attn_mask=bias[None] if bias.dim() == 3 else bias, scale=scale
-    )
-    return out[0].to(lse.dtype), lse[0, ..., None]
-
-
-def _triangle(q: torch.Tensor, num_keys: int) -> torch.Tensor:
-    """What hides from the last T of `num_keys` tokens those after them: [R, N]."""
-    _, groups, num_new, _ = q.shape
-    bias = _largest_triangle()[-num_new:, MASKED_MAX_KEYS - num_keys :]
-    return bias if groups == 1 else bias.repeat(groups, 1)
-
-
-@lru_cache
-def _largest_triangle() -> torch.Tensor:
-    rows = torch.full((MATMUL_MAX_ROWS, MASKED_MAX_KEYS), -torch.inf)
-    return rows.triu_(MASKED_MAX_KEYS - MATMUL_MAX_ROWS + 1)
-
-
-@lru_cache
-def _can_flash(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
-    """CUDA's flash kernel, called past the checks of torch's own attention, takes these."""
-    has_kernel = torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
-    return has_kernel and dtype in (torch.float16, torch.bfloat16) and dim <= 256 and dim % 8 == 0
+    return (slots > last_seen[:, None])[None]
 
 
 class _Merged:
@@ -374,47 +263,3 @@ class _Merged:
             return self._out
         sinks = sink_logits.to(self.lse.dtype).repeat_interleave(num_new, dim=1)[..., None]
         return self._out * (self.lse - torch.logaddexp(self.lse, sinks)).exp()
-
-
-@dataclass(slots=True)
-class _Chunks:
-    """The chunks that some consecutive keys belong to, the first `skipped` keys of whose first are not among them."""
-
-    first: int
-    skipped: int
-    size: int
-
-    def sums(self, weights: torch.Tensor) -> torch.Tensor:
-        """Of the weights [H, R, N] of each chunk's keys: [H, R, chunks]."""
-        behind = -(self.skipped + weights.shape[-1]) % self.size
-        if self.skipped or behind:
-            weights = torch.nn.functional.pad(weights, (self.skipped, behind))
-        return weights.unflatten(-1, (-1, self.size)) @ weights.new_ones(self.size)  # twice as fast as a sum
-
-
-class ChunkMass:
-    """Where a layer's attention goes: to each chunk of `size` consecutive tokens, from the partial softmaxes."""
-
-    def __init__(self, size: int):
-        self._size = size
-        self._parts: list[tuple[_Chunks, torch.Tensor, torch.Tensor]] = []
-
-    def chunks_of(self, part: Segment) -> _Chunks:
-        return _Chunks(part.start // self._size, part.start % self._size, self._size)
-
-    def add(self, chunks: _Chunks, shares: torch.Tensor, lse: torch.Tensor) -> None:
-        """The shares [H, R, chunks] of the attention to some keys, with their log-sum-exp [H, R, 1]."""
-        self._parts.append((chunks, shares, lse))
-
-    def finish(self, lse: torch.Tensor) -> None:
-        """The log-sum-exp [H, R, 1] over all keys is known."""
-        end = max(chunks.first + shares.shape[-1] for chunks, shares, _ in self._parts)
-        self._total = torch.zeros(lse.shape[0], end, dtype=lse.dtype, device=lse.device)
-        for chunks, shares, part_lse in self._parts:
-            of_all = (part_lse - lse).exp_().transpose(1, 2) / lse.shape[1]
-            self._total[:, chunks.first : chunks.first + shares.shape[-1]] += torch.bmm(of_all, shares)[:, 0]
-        self._parts.clear()
-
-    def total(self) -> torch.Tensor:
-        """Of the attention of all queries, what each chunk got: [H, chunks], adding up to 1 for each kv head."""
-        return self._total

@@ -44,7 +44,7 @@ class FewRowsLinear(nn.Linear):
         flat = rows.reshape(-1, rows.shape[-1])
         if flat.shape[0] > MAX_LINEAR_ROWS:
             return super().forward(rows)
-        return dot_products(flat, self.weight).contiguous().view(*rows.shape[:-1], -1)
+        return dot_products(flat, self.weight).contiguous().view(*rows.shape[:-1], self.weight.shape[0])
 
 
 def use_in(model: nn.Module) -> None:

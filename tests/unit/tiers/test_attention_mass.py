@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tests.all_caches import SHAPE, PoisonedDeviceTier, Reference, forward, full_cache, random_kv, read_prompt
 from tiers.attention_mass import DECAY, AttentionMass
 from tiers.base import CacheShape, Segment
-from workers.attention import ChunkMass, ForwardPass, active, attend, cached_attention
+from workers.attention import ForwardPass, active, attend, cached_attention
+from workers.chunk_mass import ChunkMass
 
 REPEATABLE = settings(derandomize=True, deadline=None, max_examples=60)
 HEADS, DIM = SHAPE.num_kv_heads, SHAPE.head_dim

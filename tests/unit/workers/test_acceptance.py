@@ -129,30 +129,62 @@ def test_top_k_keeps_the_k_best_and_top_p_the_fewest_that_reach_it(logits, tempe
     assert float(ranked[:num_kept].sum()) >= top_p - 1e-12
 
 
-def test_a_look_at_the_best_tokens_alone_changes_no_distribution(monkeypatch):
-    sort, sizes = torch.Tensor.sort, set()
+@pytest.fixture
+def by_few_and_all(monkeypatch):
+    """A function: a distribution by sorting all tokens, and by a look at 12 first; how often that did is counted."""
+    sort, sizes, counts = torch.Tensor.sort, set(), {"few": 0, "all": 0}
 
     def noting_sort(tensor, *args, **kwargs):
         sizes.add(tensor.shape[-1])
         return sort(tensor, *args, **kwargs)
 
+    def both(logits, sampling):
+        outs = []
+        for num_candidates in (logits.shape[-1], 12):
+            sizes.clear()
+            monkeypatch.setattr(workers.acceptance, "NUM_CANDIDATES", num_candidates)
+            outs.append(distribution(logits, sampling))
+        counts["all" if logits.shape[-1] in sizes else "few"] += 1
+        return outs
+
     monkeypatch.setattr(torch.Tensor, "sort", noting_sort)
-    counts = {"few": 0, "all": 0}
-    logits = torch.randn(40, 200, generator=torch.Generator().manual_seed(0))
+    return both, counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_look_at_the_best_tokens_alone_changes_no_bit(by_few_and_all, dtype):
+    both, counts = by_few_and_all
+    logits = torch.randn(40, 200, generator=torch.Generator().manual_seed(0)).to(dtype)
     logits[:, ::7] = -torch.inf
-    for scale, top_k, is_whole in itertools.product([0.0, 0.3, 3.0, 12.0], [0, 1, 5, 12, 30], [True, False]):
+    for scale, top_k, is_whole in itertools.product([0.0, 0.3, 3.0, 12.0], [0, 1, 5, 12, 30, 1000], [True, False]):
         sampling = SamplingConfig(temperature=1.0, top_p=0.6, top_k=top_k)
         scaled = logits * scale if scale else torch.zeros_like(logits)
         for row in scaled.round() if is_whole else scaled:  # whole numbers: many are equal
-            outs = []
-            for num_candidates in (200, 12):
-                sizes.clear()
-                monkeypatch.setattr(workers.acceptance, "NUM_CANDIDATES", num_candidates)
-                outs.append(distribution(row[None], sampling))
-            counts["all" if 200 in sizes else "few"] += 1
-            assert torch.equal(outs[0] > 0, outs[1] > 0)
-            torch.testing.assert_close(*outs, rtol=1e-5, atol=0)
+            assert torch.equal(*both(row[None], sampling))
     assert min(counts.values()) > 100
+
+
+def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(by_few_and_all):
+    both, counts = by_few_and_all
+    logits = 4 * torch.randn(30, 4000, generator=torch.Generator().manual_seed(1))
+    logits[-1] = 0.0  # needs to be sorted, and all with it
+    sampling = SamplingConfig(temperature=1.0, top_p=0.9)
+    together = both(logits, sampling)
+    for index, row in enumerate(logits):
+        for alone in both(row[None], sampling):
+            assert all(torch.equal(alone[0], rows[index]) for rows in together)
+    assert min(counts.values()) > 0
+
+
+def test_a_bound_that_falls_on_a_token_cuts_alike(by_few_and_all):
+    both, counts = by_few_and_all
+    logits = 4 * torch.randn(60, 4000, generator=torch.Generator().manual_seed(0))
+    for row in logits:
+        ordered = torch.softmax(row, -1).sort(descending=True).values.cumsum(-1)
+        for place in range(3):
+            sampling = SamplingConfig(temperature=1.0, top_p=min(0.999, float(ordered[place])))
+            assert torch.equal(*both(row[None], sampling))
+    assert counts["few"] > 100
 
 
 def test_of_equal_logits_the_lower_ids_are_kept():

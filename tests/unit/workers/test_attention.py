@@ -15,16 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import workers.attention
+import workers.attention_kernels
 from tests.all_caches import ALL_CACHES, full_cache, kept, positions_of
 from tiers.base import CacheShape, Segment
-from workers.attention import (
-    CPU_MATMUL_MIN_KEYS,
-    MASKED_MAX_KEYS,
-    ForwardPass,
-    active,
-    attend,
-    cached_attention,
-)
+from workers.attention import ForwardPass, active, attend, cached_attention
+from workers.attention_kernels import CPU_MATMUL_MIN_KEYS, MASKED_MAX_KEYS, by_matmul
 
 REPEATABLE = settings(derandomize=True, deadline=None, max_examples=80)
 HEADS, DIM = 2, 16
@@ -181,7 +176,7 @@ def test_no_token_sees_a_later_one(num_new):
 def test_bounding_the_memory_of_scores_changes_the_result_by_rounding_alone(monkeypatch, softcap):
     q, k, v = random_qkv(4, 70, 130, torch.float64)
     wanted = attend(q, cut(k, v, 70, (20,)), first_position=60, scale=SCALE, window=30, softcap=softcap)
-    monkeypatch.setattr(workers.attention, "SCORES_MAX_BYTES", 7 * HEADS * 110 * 4)
+    monkeypatch.setattr(workers.attention_kernels, "SCORES_MAX_BYTES", 7 * HEADS * 110 * 4)
     got = attend(q, cut(k, v, 70, (20,)), first_position=60, scale=SCALE, window=30, softcap=softcap)
     assert_near(got, wanted, torch.float64)
 
@@ -192,7 +187,7 @@ def test_matmul_and_flash_kernel_agree(monkeypatch, num_new, num_groups):
     q, k, v = random_qkv(num_groups, num_new, num_new + 50)
     outs = []
     for use_flash in (True, False):
-        monkeypatch.setattr(workers.attention, "_flash_wins", lambda q, k, use_flash=use_flash: use_flash)
+        monkeypatch.setattr(workers.attention, "flash_wins", lambda q, k, use_flash=use_flash: use_flash)
         outs.append(attend(q, cut(k, v, num_new, (30,), num_pad=4), first_position=50, scale=SCALE))
     torch.testing.assert_close(outs[0], outs[1], rtol=2e-6, atol=2e-6)
 
@@ -219,6 +214,66 @@ def test_segment_whose_keys_are_all_hidden_by_its_bias_is_not_there(num_new, dty
     wanted = attend(q, [segment], first_position=100 - num_new, scale=SCALE)
     for segments in ([hidden, segment], [segment, hidden]):
         torch.testing.assert_close(attend(q, segments, first_position=100 - num_new, scale=SCALE), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("num_new", [1, 5])
+def test_keys_that_a_bias_hides_from_one_head_are_seen_by_the_other(num_new, dtype):
+    q, k, v = random_qkv(2, num_new, 100, dtype)
+    [segment] = cut(k, v, num_new, ())
+    bias = torch.zeros(HEADS, 30)
+    bias[0], bias[1, 20:] = -torch.inf, -torch.inf
+    biased = Segment(k[:, :30], v[:, :30], start=0, bias=bias)
+    first, sinks = 100 - num_new, torch.ones(HEADS, 2)
+    got = attend(q, [biased, segment], first_position=first, scale=SCALE, sink_logits=sinks)
+    alone = attend(q, [segment], first_position=first, scale=SCALE, sink_logits=sinks)
+    assert_near(got[0], alone[0].double(), dtype)
+    seen = Segment(k[:, :20], v[:, :20], start=0)
+    other = attend(q, [seen, segment], first_position=first, scale=SCALE, sink_logits=sinks)
+    assert_near(got[1], other[1].double(), dtype)
+    assert not torch.equal(got[1], alone[1])
+
+
+def test_a_segment_without_keys_is_passed_over():
+    q, k, v = random_qkv(1, 3, 40)
+    segments = cut(k, v, 3, ())
+    none = {"k": k[:, :0], "v": v[:, :0], "start": 0}
+    got = attend(
+        q, [Segment(**none), Segment(**none, bias=torch.zeros(HEADS, 0)), *segments], first_position=37, scale=1
+    )
+    assert torch.equal(got, attend(q, segments, first_position=37, scale=1))
+
+
+@pytest.mark.parametrize("num_new", [1, 5, 70])
+def test_queries_may_lie_in_memory_as_they_like(num_new):
+    q, k, v = random_qkv(2, num_new, 90)
+    spread = torch.stack([q, q + 1], dim=-1).flatten(-2)[..., ::2]
+    assert spread.stride(-1) == 2
+    segments = cut(k, v, num_new, ())
+    wanted = attend(q, segments, first_position=90 - num_new, scale=SCALE)
+    assert torch.equal(attend(spread, segments, first_position=90 - num_new, scale=SCALE), wanted)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("num_new", [1, 9, 70])
+def test_many_equal_keys_do_not_overflow_in_half_precision(num_new, softcap):
+    q = torch.zeros(HEADS, 1, num_new, DIM, dtype=torch.float16)
+    k = torch.ones(HEADS, 70_000, DIM, dtype=torch.float16)
+    got = attend(q, cut(k, k, num_new, ()), first_position=70_000 - num_new, scale=SCALE, softcap=softcap)
+    assert_near(got, torch.ones(got.shape, dtype=torch.float64), torch.float16)
+
+
+@pytest.mark.parametrize("num_new", [1, 5])
+def test_more_threads_than_heads_change_the_way_not_the_result(monkeypatch, num_new):
+    q, k, v = random_qkv(1, num_new, 5000)
+    segments = cut(k, v, num_new, ())
+    wanted = attend(q, segments, first_position=5000 - num_new, scale=SCALE)
+    ways = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    monkeypatch.setattr(workers.attention, "by_matmul", lambda *args, **kw: ways.append(1) or by_matmul(*args, **kw))
+    got = attend(q, segments, first_position=5000 - num_new, scale=SCALE)
+    assert ways
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 def forward_over(cache, q, k, v, new_k, new_v, window=None):
