@@ -14,6 +14,7 @@ from transformers.generation import BaseStreamer
 
 from conf.schema import SamplingConfig
 from launch.contenders import WORKSPACE_BYTES, Cell, NotHereError, Segment, kv_bytes
+from workers.openmp import release_pool
 
 
 def sampling_options(config: SamplingConfig) -> dict[str, Any]:
@@ -151,6 +152,8 @@ class Gate(BaseStreamer):
             return
         with self._changed:
             self.tokens += value.flatten().tolist()
+            if len(self.tokens) >= self._wanted:
+                release_pool()
             self._changed.notify_all()
             self._changed.wait_for(lambda: len(self.tokens) < self._wanted or self._is_closed)
         if self._is_closed:
@@ -231,6 +234,7 @@ class SpeculatingPeer(GeneratePeer):
             self._gate.over()
 
     def decode(self, count: int) -> Segment:
+        release_pool()  # two pools would slow down the one that computes
         began = time.perf_counter()
         tokens = self._gate.let_through(count)
         seconds = time.perf_counter() - began

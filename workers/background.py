@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from workers.messages import Draft, Verdict
+from workers.openmp import release_pool
 
 
 class OwnStream:
@@ -19,13 +20,13 @@ class OwnStream:
     What roles hand each other goes through the caller of both, so the giver's call is over when the taker's begins.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, num_threads: int | None = None):
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._num_threads = torch.get_num_threads()
+        self._num_threads = num_threads or torch.get_num_threads()
 
     def enter_thread(self) -> None:
-        """Once in the role's thread. It computes with as many processor threads as its maker, not as those that copy:
-        a new thread has as many as were set last anywhere in the process."""
+        """Once in the role's thread. It computes with `num_threads` processor threads, else as many as its maker, not
+        as those that copy: a new thread has as many as were set last anywhere in the process."""
         torch.set_num_threads(self._num_threads)
 
     @contextmanager
@@ -44,12 +45,16 @@ class OwnStream:
 class InBackground:
     """A verifier of this process that verifies in a thread, so that its process can draft meanwhile.
 
-    What else it is asked, it does in the caller's thread, with no verification on.
+    What else it is asked, it does in the caller's thread, with no verification on. On a CPU the two share the processor
+    threads meanwhile, half of them each; a pool of the other that has nothing to do would slow both down.
     """
 
     def __init__(self, verifier, device: torch.device):
         self._verifier, self._device = verifier, device
-        self._stream = OwnStream(device)
+        self._is_cpu, self._num_threads = device.type == "cpu", torch.get_num_threads()
+        self._num_beside = max(1, self._num_threads // 2)
+        own_threads = max(1, self._num_threads - self._num_beside) if self._is_cpu else None
+        self._stream = OwnStream(device, own_threads)
         self._thread = ThreadPoolExecutor(1, "verifier", initializer=self._stream.enter_thread)
         self._verification: Future[Verdict] | None = None
 
@@ -60,17 +65,28 @@ class InBackground:
         """See orchestrator.hierarchy.VerifierRole."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
+        if self._is_cpu:
+            torch.set_num_threads(self._num_beside)
+            release_pool()
         self._verification = self._thread.submit(self._verify, draft)
 
     def _verify(self, draft: Draft) -> Verdict:
-        with self._stream.call():
-            return self._verifier.verify(draft)
+        try:
+            with self._stream.call():
+                return self._verifier.verify(draft)
+        finally:
+            if self._is_cpu:
+                release_pool()
 
     def is_verifying(self) -> bool:
         return not self._verification.done()
 
     def finish_verify(self) -> Verdict:
-        return self._verification.result()
+        try:
+            return self._verification.result()
+        finally:
+            if self._is_cpu:
+                torch.set_num_threads(self._num_threads)
 
     def close(self) -> None:
         """Waits for a verification that an interruption left behind: it reads what is closed next."""

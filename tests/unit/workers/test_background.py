@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
 
 from workers.background import InBackground, OwnStream
 from workers.messages import Draft, Verdict
+from workers.openmp import release_pool
 
 CPU = torch.device("cpu")
 
@@ -82,19 +86,57 @@ def copying_thread_has_begun() -> None:
     in_a_thread(lambda: torch.set_num_threads(1))
 
 
-def test_a_role_computes_with_as_many_threads_as_its_maker():
+@pytest.fixture
+def set_threads():
     before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        slow = SlowVerifier()
-        slow.may_go_on.set()
-        background, stream = InBackground(slow, CPU), OwnStream(CPU)
-        copying_thread_has_begun()
-        assert in_a_thread() == 1, "what the test is about: a plain thread has what was set last"
-        background.begin_verify(Draft(tokens=[1]))
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_a_role_computes_with_as_many_threads_as_its_maker(set_threads):
+    set_threads(3)
+    stream = OwnStream(CPU)
+    copying_thread_has_begun()
+    assert in_a_thread() == 1, "what the test is about: a plain thread has what was set last"
+    assert in_a_thread(stream.enter_thread) == 3
+
+
+@pytest.mark.parametrize(("num_threads", "beside", "own"), [(1, 1, 1), (2, 1, 1), (4, 2, 2), (5, 2, 3)])
+@pytest.mark.parametrize("draft", [Draft(tokens=[1]), Draft()], ids=["verified", "failed"])
+def test_a_verification_and_its_caller_share_the_threads(set_threads, draft, num_threads, beside, own):
+    set_threads(num_threads)
+    slow = SlowVerifier()
+    background = InBackground(slow, CPU)
+    copying_thread_has_begun()
+    background.begin_verify(draft)
+    assert torch.get_num_threads() == beside
+    slow.may_go_on.set()
+    with suppress(ValueError):
         background.finish_verify()
-        background.close()
-        copying_thread_has_begun()
-        assert in_a_thread(stream.enter_thread) == 3 == slow.num_threads
-    finally:
-        torch.set_num_threads(before)
+    background.close()
+    assert slow.num_threads == own and torch.get_num_threads() == num_threads
+
+
+def num_threads_of_process() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def settles_at(wanted: int) -> bool:
+    """Threads end a moment after they were told."""
+    until = time.monotonic() + 5
+    while num_threads_of_process() != wanted and time.monotonic() < until:
+        time.sleep(0.01)
+    return num_threads_of_process() == wanted
+
+
+def test_a_pool_that_is_released_is_gone_and_comes_again(set_threads):
+    set_threads(3)
+    release_pool()
+    rows = torch.rand(1 << 20)
+    time.sleep(0.1)
+    before = num_threads_of_process()
+    for _ in range(2):
+        rows.exp()
+        assert settles_at(before + 2)
+        release_pool()
+        assert settles_at(before)
