@@ -437,7 +437,8 @@ class PlacementConfig:
     """auto: CUDA where there is a device, else cpu. Of a run in one process also cuda:N; several processes spread over
     the devices of their node, the ranks of a verifier each on one of its own."""
     threads: str = "auto"
-    """Of a CPU process: an integer, or auto: OMP_NUM_THREADS if the user set it, else as many as cores are idle."""
+    """Of a CPU process: an integer, or auto: OMP_NUM_THREADS if the user set it, else as many as cores are idle. In one
+    process a verification and what is drafted beside it (decoding.overlap) share them."""
     device_memory_gib: float | None = None
     """Plan for this much memory on the device; null: what is free."""
     host_memory_gib: float | None = None
