@@ -142,11 +142,11 @@ def attend(q, segments, *, first_position, scale, window=None, softcap=None, sin
     if q.stride(-1) != 1:  # which the flash kernels take for granted
         q = q.contiguous()
     merged = _Merged()
-    has_flash = softcap is None and mass is None
+    has_flash, on_cpu = softcap is None and mass is None, q.device.type == "cpu"
     for segment in segments:
         if not segment.k.shape[1]:
             continue
-        if segment.bias is not None and segment.hidden is None and has_flash and q.device.type == "cpu":
+        if segment.bias is not None and segment.hidden is None and has_flash and on_cpu:
             merged.add(*by_flash_biased(q, segment.k, segment.v, scale, segment.bias[:, None]))
             continue
         if segment.bias is not None or segment.hidden is not None:
@@ -155,7 +155,7 @@ def attend(q, segments, *, first_position, scale, window=None, softcap=None, sin
             continue
         use_flash = has_flash and flash_wins(q, segment.k)
         is_windowed = window is not None and _visibility(segment, num_new, first_position, window) is WINDOW
-        if use_flash and is_windowed and groups * num_new <= MATMUL_MAX_ROWS:
+        if use_flash and on_cpu and is_windowed and groups * num_new <= MATMUL_MAX_ROWS:
             hidden = _hidden(segment, num_new, groups, first_position, window, WINDOW)
             bias = torch.zeros(hidden.shape, dtype=torch.float32).masked_fill_(hidden, -torch.inf)
             merged.add(*by_flash_biased(q, segment.k, segment.v, scale, bias))
