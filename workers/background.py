@@ -51,10 +51,10 @@ class InBackground:
 
     def __init__(self, verifier, device: torch.device):
         self._verifier, self._device = verifier, device
-        self._is_cpu, self._num_threads = device.type == "cpu", torch.get_num_threads()
+        self._shares_threads, self._num_threads = device.type == "cpu", torch.get_num_threads()
         self._num_beside = max(1, self._num_threads // 2)
-        own_threads = max(1, self._num_threads - self._num_beside) if self._is_cpu else None
-        self._stream = OwnStream(device, own_threads)
+        num_own = max(1, self._num_threads - self._num_beside)
+        self._stream = OwnStream(device, num_own if self._shares_threads else self._num_threads)
         self._thread = ThreadPoolExecutor(1, "verifier", initializer=self._stream.enter_thread)
         self._verification: Future[Verdict] | None = None
 
@@ -63,11 +63,11 @@ class InBackground:
 
     def begin_verify(self, draft: Draft) -> None:
         """See orchestrator.hierarchy.VerifierRole."""
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
-        if self._is_cpu:
+        if self._shares_threads:
             torch.set_num_threads(self._num_beside)
             release_pool()
+        else:
+            torch.cuda.current_stream(self._device).synchronize()
         self._verification = self._thread.submit(self._verify, draft)
 
     def _verify(self, draft: Draft) -> Verdict:
@@ -75,7 +75,7 @@ class InBackground:
             with self._stream.call():
                 return self._verifier.verify(draft)
         finally:
-            if self._is_cpu:
+            if self._shares_threads:
                 release_pool()
 
     def is_verifying(self) -> bool:
@@ -85,7 +85,7 @@ class InBackground:
         try:
             return self._verification.result()
         finally:
-            if self._is_cpu:
+            if self._shares_threads:
                 torch.set_num_threads(self._num_threads)
 
     def close(self) -> None:
