@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conf.model_source import model_source
 from conf.schema import ConfigError
-from launch.analysis_report import show, summarise, write_summary, write_tables
-from launch.analyze_config import AnalyzeConfig, said_of_document
-from launch.overrides import compose_program
-from launch.prompt import check_prompt
+from launch.analysis.config import AnalyzeConfig, said_of_document
+from launch.analysis.report import show, summarise, write_summary, write_tables
+from launch.command_line.overrides import compose_program
+from launch.prompts.prompt import check_prompt
 from launch.run import DONE, check_folder, refuse
 from tiers.errors import OutOfTierMemoryError
 
@@ -42,7 +42,7 @@ def check_start(config: AnalyzeConfig) -> None:
 
 def analyze(config: AnalyzeConfig, console: Console) -> None:
     """Measures, and writes everything to the output; raises ConfigError."""
-    observations = import_module("launch.observations").Observations(config)  # and torch with it: seconds
+    observations = import_module("launch.analysis.observations").Observations(config)  # and torch with it: seconds
     for note in observations.notes:
         console.print(note, highlight=False)
     folder = Path(config.output)
@@ -65,7 +65,7 @@ def analyze(config: AnalyzeConfig, console: Console) -> None:
     if find_spec("matplotlib") is None:
         console.print("no figures: matplotlib is not installed (pip install -e '.[report]')", markup=False)
         return
-    for path in import_module("launch.analysis_figures").draw_all(folder, config, observations.rows):
+    for path in import_module("launch.analysis.figures").draw_all(folder, config, observations.rows):
         console.print(os.path.relpath(path), highlight=False)
 
 
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     overrides = sys.argv[1:] if argv is None else argv
     try:
-        config = compose_program("analyze", overrides, "launch/analyze_config.py, conf/schema.py")
+        config = compose_program("analyze", overrides, "launch/analysis/config.py, conf/schema.py")
         check_start(config)
         analyze(config, Console())
     except ConfigError as error:

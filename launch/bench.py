@@ -5,9 +5,9 @@ segment of generation.max_new_tokens each: the first is the warm-up, the others 
 spread are reported. Time between tokens (TBT) leaves the prompt out; `× speed` is against our own `autoregressive`.
 Contenders whose memory does not fit beside that of the others take their turns in a group after them.
 
-Keys: those of launch/run.py, and launch/bench_config.py. How peers are measured: launch/peers.py. After each cell
-of the grid bench.json, with all that it takes to repeat it, and bench.csv are written to the folder `output`. Exit
-codes: 0 done; 1 some contender failed, the others were measured; 2 bad configuration or input; 130 interrupted.
+Keys: those of launch/run.py, and launch/benchmark/config.py. How peers are measured: launch/benchmark/peers.py. After
+each cell of the grid bench.json, with all that it takes to repeat it, and bench.csv are written to the folder `output`.
+Exit codes: 0 done; 1 some contender failed, the others were measured; 2 bad configuration or input; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conf.schema import ConfigError
-from launch.bench_config import read_bench_config
+from launch.benchmark.config import read_bench_config
 from launch.run import DONE, FAILED, INTERRUPTED, check_start, refuse
 
 PIPED_WIDTH = 120
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         check_start(config)
         folder = Path(config.output)
         folder.mkdir(parents=True, exist_ok=True)
-        side_by_side = import_module("launch.side_by_side")  # and torch with it: seconds
+        side_by_side = import_module("launch.benchmark.side_by_side")  # and torch with it: seconds
         num_failed = side_by_side.SideBySide(config=config, folder=folder, console=console, argv=argv).run()
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -2,7 +2,7 @@
 
 The keys are those of launch/run.py, and `hardware` (conf/hardware: this, rtx4090, rtx4090x2, a100-80g, l40s, h200).
 `expected.retrieval_acceptance` and `expected.draft_acceptance` are what the plan assumes of the drafts. Where times
-come from: tiers/cost.py. Exit codes: 0 it fits; 2 it does not, or a bad configuration.
+come from: tiers/planning/cost.py. Exit codes: 0 it fits; 2 it does not, or a bad configuration.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conf.model_shapes import ModelShape, model_shape
 from conf.model_source import model_source
 from conf.schema import AUTO, LOOKUP_DRAFTER, ConfigError, RunConfig, require
-from launch.overrides import compose_program
+from launch.assembly.sizing import FreeBytes, ModelSize, budgets, gammas1, gammas2, plan_input
+from launch.command_line.overrides import compose_program
 from launch.run import refuse
-from launch.sizing import FreeBytes, ModelSize, budgets, gammas1, gammas2, plan_input
 from tiers.base import BlockShape, CacheShape, page_aligned
-from tiers.cost import (
+from tiers.disk_tier import DiskTier
+from tiers.planning.cost import (
     ModelCost,
     Round,
     Speeds,
@@ -38,9 +39,8 @@ from tiers.cost import (
     prefill_seconds,
     triforce_round,
 )
-from tiers.disk_tier import DiskTier
-from tiers.memory import disk_free_bytes, host_free_bytes
-from tiers.plan import MemoryPlan, make_plan
+from tiers.planning.memory import disk_free_bytes, host_free_bytes
+from tiers.planning.plan import MemoryPlan, make_plan
 from tiers.quantisation import quantised_bytes
 
 MEASURED_SECONDS = 0.3
@@ -78,7 +78,7 @@ class HardwareConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ExpectedConfig:
-    """What is assumed of the drafts; measure it with launch/measure_acceptance.py."""
+    """What is assumed of the drafts; measure it with launch/measure/acceptance.py."""
 
     retrieval_acceptance: float = 0.955
     """Of a token of the retrieval draft, by the target; the default is what the paper's figures imply."""

@@ -19,8 +19,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conf.schema import ConfigError
-from launch.report_data import Point, Results, load, results_of, symbol, where
 from launch.run import refuse
+from launch.sweeps.medians import Point, Results, load, results_of, symbol, where
 
 FORMATS = ("png", "svg")
 SHOWN_CONDITIONS = (
@@ -92,7 +92,7 @@ def _condition(text: str) -> tuple[str, str]:
 
 def write_report(results: Results, folder: Path, formats: Sequence[str] = FORMATS) -> None:
     """Figures and report.md."""
-    from launch.report_figures import FIGURES, LeftOutError, draw, save
+    from launch.sweeps.figures import FIGURES, LeftOutError, draw, save
 
     folder.mkdir(parents=True, exist_ok=True)
     pictures, left_out = [], []

@@ -27,16 +27,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conf.model_source import model_source
 from conf.schema import LOOKUP_DRAFTER, NO_DRAFTER, ConfigError, PlacementConfig, PlacementKind, RunConfig, to_plain
-from launch.guard import Guard
-from launch.overrides import CONFIG_FOLDER, read_config
-from launch.prompt import check_prompt, read_prompt, workload_of
-from launch.session_run import fit_to_model, make_metrics, make_seed, take_round
+from launch.assembly.session_run import fit_to_model, make_metrics, make_seed, take_round
+from launch.command_line.overrides import CONFIG_FOLDER, read_config
+from launch.processes.guard import Guard
+from launch.prompts.prompt import check_prompt, read_prompt, workload_of
 from orchestrator.crew import RunFailedError
 from orchestrator.display import Display
 from orchestrator.hierarchy import Round
 from orchestrator.metrics import Metrics
 from orchestrator.placement import place
-from orchestrator.report import Report, versions
+from orchestrator.run_files import Report, versions
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 FAILURE_LOG = "failure.log"
@@ -140,7 +140,7 @@ class Job:
     """Of a prompt whose answer is known."""
     engine: Any = None
     company: Any = None
-    """The processes of a run over several; see launch.pipeline."""
+    """The processes of a run over several; see launch.processes.company."""
     metrics: Metrics = field(init=False)
 
     def __post_init__(self) -> None:
@@ -168,10 +168,10 @@ class Job:
                 self.company.close(at_once=code != DONE)
 
     def _load(self) -> None:
-        engines = import_module("launch.engine")  # and torch with it: seconds
+        engines = import_module("launch.assembly.engine")  # and torch with it: seconds
         placement = place(self.config.placement, world_size())
         if placement.kind is not PlacementKind.inline:
-            company = import_module("launch.pipeline").Company
+            company = import_module("launch.processes.company").Company
             self.company = company(self.config, placement, self.display.note, self.interruption.check_patience)
             self.company.start()
         prepared = engines.prepare(self.config)

@@ -1,6 +1,6 @@
 """Runs a grid of settings and makes one table of it: python launch/sweep.py -m decoding.gamma1=1,2,4 key=value ...
 
-The keys are those of launch/run.py, and a few of the sweep (launch/sweep_config.py); experiment=NAME takes the grid of
+The keys are those of launch/run.py, and a few of the sweep (launch/sweeps/config.py); experiment=NAME takes the grid of
 conf/experiment. Each job is a run in processes of its own. A sweep goes on where an earlier one in the same folder
 stopped. Hydra's launchers and sweepers work where they are installed: docs/sweeps.md. Draw it with launch/report.py.
 
@@ -22,13 +22,13 @@ from rich.text import Text
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conf.schema import ConfigError
-from launch.overrides import CONFIG_FOLDER
+from launch.command_line.overrides import CONFIG_FOLDER
 from launch.run import DONE, FAILED, INTERRUPTED, REFUSED, refuse
-from launch.sweep_config import Sweep, read_sweep
-from launch.sweep_job import jobs_of, run_jobs
-from launch.sweep_progress import SweepProgress, described, figures_of
-from launch.sweep_table import DONE as ROW_DONE
-from launch.sweep_table import axes_of, read_rows, write_table
+from launch.sweeps.config import Sweep, read_sweep
+from launch.sweeps.job import jobs_of, run_jobs
+from launch.sweeps.progress import SweepProgress, described, figures_of
+from launch.sweeps.table import DONE as ROW_DONE
+from launch.sweeps.table import axes_of, read_rows, write_table
 from orchestrator.display import harmless
 
 MULTIRUN = ("-m", "--multirun")

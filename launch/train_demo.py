@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch import demo_corpus
+from launch.demo_pair import corpus as demo_corpus
 
 MAX_POSITIONS = 32768
 WARMUP_STEPS = 60

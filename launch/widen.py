@@ -1,8 +1,8 @@
 """Writes a small Llama checkpoint in the shape of a large one that computes the same: python launch/widen.py output=DIR
 
 For measuring where no large pretrained model is at hand: weights, keys and values, and the time they take are those of
-the large shape, what it writes and what it accepts of a draft is the small, trained model's. How: launch/widening.py.
-Exit codes: 0 written; 2 a bad configuration or source.
+the large shape, what it writes and what it accepts of a draft is the small, trained model's. How:
+launch/demo_pair/widening.py. Exit codes: 0 written; 2 a bad configuration or source.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conf.model_shapes import PUBLISHED, ModelShape, model_shape
 from conf.model_source import model_source
 from conf.schema import ConfigError, Dtype, require
-from launch.overrides import compose_program
+from launch.command_line.overrides import compose_program
+from launch.demo_pair.widening import Widening, make_noise
 from launch.run import refuse
-from launch.widening import Widening, make_noise
-from workers.sharded_weights import weight_files
+from workers.models.sharded_weights import weight_files
 
 SHARD_BYTES = 4 << 30
 ALIGNMENT = 64

@@ -26,7 +26,6 @@ from typing import Any
 from conf.schema import ConfigError
 from orchestrator.placement import VERIFIER_ROLE, Placement, Seat
 from tiers.errors import DamagedBlockError
-from workers.channel import ChannelError, Hub
 from workers.messages import (
     Beat,
     Build,
@@ -45,6 +44,7 @@ from workers.messages import (
     Restart,
     Result,
 )
+from workers.process.channel import ChannelError, Hub
 
 PROCESS, BEAT, GUARD = "process", "beat", "guard"
 TICK_SECONDS = 0.25

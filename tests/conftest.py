@@ -14,7 +14,7 @@ os.environ |= {
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
-    """See tests.tiny_models.Checkpoints."""
-    from tests.tiny_models import Checkpoints
+    """See tests.support.tiny_models.Checkpoints."""
+    from tests.support.tiny_models import Checkpoints
 
     return Checkpoints(tmp_path_factory.mktemp("checkpoints"))

@@ -1,7 +1,8 @@
 """A draft cache seen with all of its slots at every step, so that one recorded forward pass fits every step.
 
 Here nothing that changes from step to step is a number of the host: which slots the new tokens go to is a tensor, and
-all slots are read, behind a mask. That costs attention over slots that are empty; see workers.recorded for the gain.
+all slots are read, behind a mask. That costs attention over slots that are empty; see workers.models.cuda_graphs for
+the gain.
 """
 
 from __future__ import annotations

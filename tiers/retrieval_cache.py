@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from tiers.base import CacheShape, Segment, Tier, padded
-from tiers.context_summary import Summary
+from tiers.retrieval.context_summary import Summary
 
 
 @dataclass(slots=True)

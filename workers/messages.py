@@ -1,7 +1,7 @@
 """What crosses between levels and between processes, typed. Loads without torch.
 
 Between levels: a draft goes up, a verdict comes back. Between processes: the orchestrator asks (`Call`), a worker
-answers (`Reply`, `Failure`) and tells how it is (`Hello`, `Beat`, `Ended`). workers.channel says how they travel.
+answers (`Reply`, `Failure`) and tells how it is (`Hello`, `Beat`, `Ended`). How they travel: workers.process.channel.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class InnerStep(msgspec.Struct, kw_only=True, tag=True):
 
 
 class UpdateNotice(msgspec.Struct, kw_only=True, tag=True):
-    """True keys and values for the retrieval cache, of one rank of the verifier; see workers.update_path."""
+    """True keys and values for the retrieval cache, of one rank of the verifier; see workers.process.update_path."""
 
     is_rebuild: bool
     length: int
@@ -151,7 +151,7 @@ class Survey(msgspec.Struct, tag=True):
 
 
 class Build(msgspec.Struct, tag=True):
-    """Load weights, make caches. `config` and `assignment` are plain JSON types of launch.role_process."""
+    """Load weights, make caches. `config` and `assignment` are plain JSON types of launch.processes.worker_process."""
 
     config: dict[str, Any]
     assignment: dict[str, Any]

@@ -29,17 +29,17 @@ from conf.schema import (
     SamplingConfig,
     StreamingCacheConfig,
 )
-from tests.all_caches import read_prompt, space_on
-from tests.tiny_models import random_prompt, save_checkpoint, tiny_config
+from tests.support.all_caches import read_prompt, space_on
+from tests.support.tiny_models import random_prompt, save_checkpoint, tiny_config
 from tiers import pinned_host_tier
 from tiers.base import BlockShape, CacheShape, Segment
 from tiers.device_tier import DeviceTier
 from tiers.disk_tier import DiskTier
 from tiers.full_cache import BlockLayer, DeviceLayer, FullCache
-from tiers.memory import process_bytes
 from tiers.pinned_host_tier import PinnedHostTier, can_pin
+from tiers.planning.memory import process_bytes
 from tiers.transfer import BlockWriter, CudaBlockStreamer, make_streamer
-from workers.attention import ForwardPass, active, attend
+from workers.attention.attend import ForwardPass, active, attend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -396,7 +396,7 @@ def greedy_on_cuda(folder) -> list[int]:
 
 
 def generate(folder, mode: Mode, drafter: str, graphs: CudaGraphs = CudaGraphs.off, **full) -> list[int]:
-    from launch.engine import build, prepare
+    from launch.assembly.engine import build, prepare
 
     config = RunConfig(
         model=ModelConfig(target=str(folder), drafter=drafter, dtype=Dtype.float32),

@@ -22,12 +22,12 @@ import torch.distributed as dist
 
 from conf.schema import Coupling, Mode, Overlap, PlacementConfig, PlacementKind, SamplingConfig
 from tests.multiprocess.torchrun import RUN, run_arguments, torchrun
-from tests.tiny_models import random_prompt
-from tests.tiny_runs import DEVICE, DISK, HOST, generate, tiny_run
+from tests.support.tiny_models import random_prompt
+from tests.support.tiny_runs import DEVICE, DISK, HOST, generate, tiny_run
 from tiers.shared_memory import SharedArena, cuda_handle
-from workers.background import InBackground, OwnStream
-from workers.collectives import GroupAllReduce
 from workers.messages import Draft, Verdict
+from workers.parallel.collectives import GroupAllReduce
+from workers.process.background import InBackground, OwnStream
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from conf.schema import CudaGraphs, FullCacheTier, Mode
-from launch.measure_gpu import main
+from launch.measure.gpu import main
 from tests.gpu.test_cuda import CUDA, generate
-from tests.recorded_steps import SHAPE, compare_drafters, compare_retrieval_drafts
-from tests.tiny_models import random_prompt, save_checkpoint, tiny_config
+from tests.support.recorded_steps import SHAPE, compare_drafters, compare_retrieval_drafts
+from tests.support.tiny_models import random_prompt, save_checkpoint, tiny_config
 from tiers.device_tier import DeviceTier
 from tiers.streaming_llm_cache import StreamingLLMCache
-from workers.model import StreamingModel
-from workers.pretrained import describe, load_model
-from workers.recorded import CudaRecorder, NotRecordableError, RecordedModel
+from workers.models.cached_models import StreamingModel
+from workers.models.cuda_graphs import CudaRecorder, NotRecordableError, RecordedModel
+from workers.models.pretrained import describe, load_model
 
 pytestmark = [
     pytest.mark.gpu,

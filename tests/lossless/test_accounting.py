@@ -8,8 +8,8 @@ import torch
 from conf.schema import Mode, SamplingConfig
 from orchestrator.hierarchy import Hierarchy, Round
 from orchestrator.metrics import Metrics
-from tests.enumeration import outcomes
-from tests.toy_models import EXACT, Setup, make_setup, random_table
+from tests.support.enumeration import outcomes
+from tests.support.toy_models import EXACT, Setup, make_setup, random_table
 from workers.acceptance import KeyedRandom
 from workers.messages import DRAFTER, RETRIEVAL
 

@@ -14,10 +14,10 @@ import torch
 import orchestrator.ahead
 from conf.schema import Coupling, DecodingConfig, Mode, Overlap, SamplingConfig
 from tests.lossless.test_enumeration import CLEARLY, SAMPLINGS, assert_exact, error
-from tests.tiny_models import random_prompt
-from tests.tiny_runs import DISK, engine_for, tiny_run
-from tests.tiny_runs import generate as run_tiny
-from tests.toy_models import LOOKUP, generate, make_setup
+from tests.support.tiny_models import random_prompt
+from tests.support.tiny_runs import DISK, engine_for, tiny_run
+from tests.support.tiny_runs import generate as run_tiny
+from tests.support.toy_models import LOOKUP, generate, make_setup
 from workers.acceptance import GumbelCoupling, KeyedRandom, distribution
 from workers.messages import Verdict
 

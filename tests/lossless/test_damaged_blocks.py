@@ -10,8 +10,8 @@ import torch
 
 from conf.schema import Coupling, Mode, SamplingConfig
 from orchestrator.hierarchy import MAX_REREADS
-from tests.tiny_models import random_prompt, save_checkpoint, tiny_config
-from tests.tiny_runs import DEVICE, DISK, GREEDY, HOST, engine_for, generate, run_to_end, tiny_run
+from tests.support.tiny_models import random_prompt, save_checkpoint, tiny_config
+from tests.support.tiny_runs import DEVICE, DISK, GREEDY, HOST, engine_for, generate, run_to_end, tiny_run
 from tiers.disk_tier import DiskBlocks
 from tiers.errors import DamagedBlockError
 from tiers.transfer import CpuBlockStreamer

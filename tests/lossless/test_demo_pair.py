@@ -13,8 +13,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from conf.schema import Coupling, Mode, SamplingConfig
-from tests.tiny_models import greedy_tokens
-from tests.tiny_runs import DEVICE, DISK, HOST, Generated, generate, tiny_run
+from tests.support.tiny_models import greedy_tokens
+from tests.support.tiny_runs import DEVICE, DISK, HOST, Generated, generate, tiny_run
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets/demo"
 STDLIB = Path(sysconfig.get_paths()["stdlib"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from conf.schema import Coupling, Mode, SamplingConfig
-from tests.tiny_models import random_prompt
-from tests.tiny_runs import DEVICE, HOST, engine_for, generate, next_session, run_to_end, tiny_run
+from tests.support.tiny_models import random_prompt
+from tests.support.tiny_runs import DEVICE, HOST, engine_for, generate, next_session, run_to_end, tiny_run
 
 NUM_TOKENS = 16
 SAMPLINGS = {

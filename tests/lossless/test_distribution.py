@@ -21,7 +21,7 @@ from tests.lossless.wrong_rules import (
     TriForceRule,
     making,
 )
-from tests.toy_models import (
+from tests.support.toy_models import (
     DRAFTER_LEVEL,
     EXACT,
     LOOKUP,

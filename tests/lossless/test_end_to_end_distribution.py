@@ -15,10 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from conf.schema import Coupling, Mode, RunConfig, SamplingConfig
-from launch import roles
+from launch.assembly import role_builder as roles
 from tests.lossless.test_distribution import chi_square_p_value
-from tests.tiny_models import random_prompt
-from tests.tiny_runs import CHUNK, DEVICE, HOST, engine_for, next_session, tiny_run
+from tests.support.tiny_models import random_prompt
+from tests.support.tiny_runs import CHUNK, DEVICE, HOST, engine_for, next_session, tiny_run
 from tiers.full_cache import FullCache
 from workers import acceptance
 from workers.acceptance import KeyedRandom

@@ -13,7 +13,6 @@ import torch
 import workers.acceptance
 from conf.schema import Mode, SamplingConfig
 from orchestrator.hierarchy import Hierarchy
-from tests.enumeration import joint_law, outcomes
 from tests.lossless.wrong_rules import (
     AlwaysAccepting,
     BlockWithTokenResidual,
@@ -27,7 +26,8 @@ from tests.lossless.wrong_rules import (
     TriForceRule,
     making,
 )
-from tests.toy_models import (
+from tests.support.enumeration import joint_law, outcomes
+from tests.support.toy_models import (
     DRAFTER_LEVEL,
     EXACT,
     LOOKUP,

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conf.schema import LOOKUP_DRAFTER, NO_DRAFTER, ChunkDtype, ChunkRule, Mode
-from tests.tiny_models import FAMILIES, WINDOW, greedy_tokens, random_prompt
-from tests.tiny_runs import ALL, CHUNK, DEVICE, DISK, HOST, generate, tiny_run
+from tests.support.tiny_models import FAMILIES, WINDOW, greedy_tokens, random_prompt
+from tests.support.tiny_runs import ALL, CHUNK, DEVICE, DISK, HOST, generate, tiny_run
 
 NUM_PROMPT_TOKENS, NUM_TOKENS = 150, 16
 TIE_GAP = 1e-4

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from conf.schema import LOOKUP_DRAFTER, Coupling, Mode, SamplingConfig
-from tests.tiny_models import random_prompt
-from tests.tiny_runs import CHUNK, DEVICE, DISK, HOST, generate, tiny_run
+from tests.support.tiny_models import random_prompt
+from tests.support.tiny_runs import CHUNK, DEVICE, DISK, HOST, generate, tiny_run
 
 GUMBEL = SamplingConfig(temperature=0.8, top_p=0.9, coupling=Coupling.gumbel)
 NUM_TOKENS = 24

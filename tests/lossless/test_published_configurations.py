@@ -15,15 +15,15 @@ import torch
 from safetensors import safe_open
 
 from conf.schema import Mode
-from tests.tiny_models import (
+from tests.support.tiny_models import (
     greedy_tokens,
     random_prompt,
     save_checkpoint,
     tiny_config,
     tiny_tokenizer,
 )
-from tests.tiny_runs import DEVICE, HOST, generate, tiny_run
-from workers.pretrained import describe
+from tests.support.tiny_runs import DEVICE, HOST, generate, tiny_run
+from workers.models.pretrained import describe
 
 NUM_TOKENS, NUM_PROMPT_TOKENS = 16, 120
 TOKENIZER_SIZE = 90

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conf.schema import Dtype, Mode, SamplingConfig
-from tests.tiny_models import greedy_tokens, random_prompt
-from tests.tiny_runs import HOST, engine_for, generate, run_to_end, tiny_run
+from tests.support.tiny_models import greedy_tokens, random_prompt
+from tests.support.tiny_runs import HOST, engine_for, generate, run_to_end, tiny_run
 
 TEMPERATURE_1 = SamplingConfig(temperature=1.0, top_p=1.0)
 LARGEST_GAP = {Dtype.float32: 1e-3, Dtype.bfloat16: 0.5}

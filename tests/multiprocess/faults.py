@@ -144,7 +144,7 @@ def unlucky_retriever(rank: int, life: int) -> None:
 
 
 def _in_a_sum(rank: int, victim: int, act: Callable[[], None]) -> None:
-    from workers.collectives import SharedMemoryAllReduce
+    from workers.parallel.collectives import SharedMemoryAllReduce
 
     if rank == victim:
         before(SharedMemoryAllReduce, "_meet", act, call=60)
@@ -194,7 +194,7 @@ def second_verifier_raises(rank: int, life: int) -> None:
 
 def drafter_refuses_its_weights(rank: int, life: int) -> None:
     from conf.schema import ConfigError
-    from launch.roles import RoleBuilder
+    from launch.assembly.role_builder import RoleBuilder
 
     def refuse() -> None:
         raise ConfigError("model.drafter is 'x', whose weights cannot be read") from OSError("injected")
@@ -204,7 +204,7 @@ def drafter_refuses_its_weights(rank: int, life: int) -> None:
 
 
 def second_verifier_raises_while_loading(rank: int, life: int) -> None:
-    from launch.roles import RoleBuilder
+    from launch.assembly.role_builder import RoleBuilder
 
     if rank == 4:
         before(RoleBuilder, "load_target", fail, call=1)

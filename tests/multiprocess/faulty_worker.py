@@ -1,4 +1,4 @@
-"""A worker, launch/role_process.py, with a fault in its third verification."""
+"""A worker, launch/processes/worker_process.py, with a fault in its third verification."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import sys
 import time
 
-from launch import role_process
+from launch.processes import worker_process
 from workers.target_verifier import TargetVerifier
 
 verify = TargetVerifier.verify
@@ -37,4 +37,4 @@ FAULTS = {
 
 if __name__ == "__main__":
     TargetVerifier.verify = at_the_third(FAULTS[os.environ["TEST_FAULT"]])
-    sys.exit(role_process.main())
+    sys.exit(worker_process.main())

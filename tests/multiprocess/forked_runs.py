@@ -28,7 +28,13 @@ import psutil
 
 from tests.multiprocess.process_group import PRELOADED
 
-MORE_PRELOADED = ["launch.run", "launch.guard", "launch.pipeline", "launch.role_process", "transformers.models.llama"]
+MORE_PRELOADED = [
+    "launch.run",
+    "launch.processes.guard",
+    "launch.processes.company",
+    "launch.processes.worker_process",
+    "transformers.models.llama",
+]
 ORCHESTRATOR = -1
 DEADLINE_SECONDS = 60.0
 Prepare = Callable[[int, int], None]
@@ -207,7 +213,8 @@ def _fork(act: Callable[[], int | None]) -> int:
 
 
 def _rank(folder: Path, rank: int, overrides: list[str], prepare: Prepare) -> int:
-    from launch import guard, run
+    from launch import run
+    from launch.processes import guard
 
     _die_with_parent()
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
@@ -215,7 +222,7 @@ def _rank(folder: Path, rank: int, overrides: list[str], prepare: Prepare) -> in
     lives = iter(range(1000))
 
     class ForkedWorker:
-        """What launch.guard needs of subprocess.Popen."""
+        """What launch.processes.guard needs of subprocess.Popen."""
 
         def __init__(self, command: list[str], env: dict[str, str], pass_fds, preexec_fn, start_new_session: bool):
             life, self.returncode = next(lives), None
@@ -226,9 +233,9 @@ def _rank(folder: Path, rank: int, overrides: list[str], prepare: Prepare) -> in
                 os.environ.clear()
                 os.environ.update(env)
                 prepare(rank, life)
-                from launch import role_process
+                from launch.processes import worker_process
 
-                return role_process.main()
+                return worker_process.main()
 
             self.pid = _fork(act)
             (folder / f"worker-{rank}-{life}").write_text(str(self.pid))

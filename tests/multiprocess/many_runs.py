@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from conf.schema import PlacementConfig, PlacementKind, RunConfig
-from launch.guard import Guard
+from launch.processes.guard import Guard
 from orchestrator.placement import place
 
 
@@ -23,7 +23,7 @@ def main(folder: Path, kind: str) -> int:
         return Guard(PlacementConfig().start_timeout_s).run()
     import torch
 
-    from launch.pipeline import Company
+    from launch.processes.company import Company
 
     torch.set_num_threads(1)
     placement = place(PlacementConfig(kind=PlacementKind(kind), device="cpu"), int(os.environ["WORLD_SIZE"]))
@@ -41,7 +41,7 @@ def main(folder: Path, kind: str) -> int:
 
 
 def result_of(company, config: RunConfig, prompt: list[int], num_tokens: int, seed: int) -> dict[str, Any]:
-    from launch.engine import prepare
+    from launch.assembly.engine import prepare
 
     engine = company.build(config, prepare(config), prompt, num_tokens, seed)
     hierarchy = engine.hierarchy

@@ -8,7 +8,13 @@ from collections.abc import Callable
 
 import torch.multiprocessing
 
-PRELOADED = ["torch", "transformers", "workers.pretrained", "workers.collectives", "tests.tiny_runs"]
+PRELOADED = [
+    "torch",
+    "transformers",
+    "workers.models.pretrained",
+    "workers.parallel.collectives",
+    "tests.support.tiny_runs",
+]
 
 
 def run_ranks(function: Callable, size: int, *args, deadline_seconds: float = 120.0) -> None:

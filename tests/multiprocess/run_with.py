@@ -9,7 +9,8 @@ import os
 import sys
 from pathlib import Path
 
-from launch import guard, run
+from launch import run
+from launch.processes import guard
 
 if __name__ == "__main__":
     fault, rank, *arguments = sys.argv[1:]

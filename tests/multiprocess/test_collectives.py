@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from tests.multiprocess.process_group import run_ranks
-from workers import collectives
-from workers.collectives import SLOT_BYTES, GroupAllReduce, SharedMemoryAllReduce, has_ordered_stores
-from workers.shard import Shard
+from workers.parallel import collectives
+from workers.parallel.collectives import SLOT_BYTES, GroupAllReduce, SharedMemoryAllReduce, has_ordered_stores
+from workers.parallel.shard import Shard
 
 TIMEOUT_SECONDS = 60.0
 NUMELS = (1, 7, 4096, SLOT_BYTES // 4, SLOT_BYTES + 3)

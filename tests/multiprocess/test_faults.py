@@ -11,7 +11,7 @@ import pytest
 
 from launch.run import Interruption
 from tests.multiprocess import faults, forked_runs
-from tests.tiny_models import greedy_tokens, random_prompt
+from tests.support.tiny_models import greedy_tokens, random_prompt
 
 NUM_TOKENS = 40
 PROMPT = random_prompt(60)

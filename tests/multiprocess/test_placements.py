@@ -10,8 +10,8 @@ import pytest
 
 from conf.schema import ChunkRule, Coupling, Mode, Overlap, PlacementKind, SamplingConfig
 from tests.multiprocess.torchrun import Case, run_many
-from tests.tiny_models import greedy_tokens, random_prompt
-from tests.tiny_runs import DEVICE, DISK, HOST, generate, tiny_run
+from tests.support.tiny_models import greedy_tokens, random_prompt
+from tests.support.tiny_runs import DEVICE, DISK, HOST, generate, tiny_run
 
 NUM_TOKENS, PROMPT = 16, random_prompt(150)
 GREEDY = SamplingConfig(temperature=0.0)

@@ -11,8 +11,8 @@ import pytest
 
 from conf.schema import PlacementKind
 from tests.multiprocess.torchrun import ROOT, RUN, Case, on_two_nodes, run_arguments, run_many, torchrun
-from tests.tiny_models import greedy_tokens, random_prompt
-from tests.tiny_runs import HOST, tiny_run
+from tests.support.tiny_models import greedy_tokens, random_prompt
+from tests.support.tiny_runs import HOST, tiny_run
 
 RUN_WITH = Path(__file__).with_name("run_with.py")
 NUM_TOKENS, PROMPT = 16, random_prompt(100)

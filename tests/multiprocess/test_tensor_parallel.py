@@ -15,12 +15,12 @@ import transformers
 
 from conf.schema import ConfigError
 from tests.multiprocess.process_group import run_ranks
-from tests.tiny_models import FAMILIES, random_prompt
+from tests.support.tiny_models import FAMILIES, random_prompt
 from tiers.device_tier import DeviceTier
 from tiers.full_cache import DeviceLayer, FullCache
-from workers.collectives import GroupAllReduce, SharedMemoryAllReduce, has_ordered_stores
-from workers.pretrained import describe, load_model
-from workers.shard import Shard
+from workers.models.pretrained import describe, load_model
+from workers.parallel.collectives import GroupAllReduce, SharedMemoryAllReduce, has_ordered_stores
+from workers.parallel.shard import Shard
 
 CPU = torch.device("cpu")
 NUM_TOKENS, NUM_LOGITS, PIECE_TOKENS, TIMEOUT_SECONDS = 75, 9, 16, 60.0
@@ -65,7 +65,7 @@ CASES = [
     case("llama", 2, vocab_size=101),
     case("llama", 2, attention_bias=True, mlp_bias=True),
     case("llama", 2, over_gloo=True),
-    case("llama", 2, dtype=torch.bfloat16),  # linear layers of few rows: workers.few_rows
+    case("llama", 2, dtype=torch.bfloat16),  # linear layers of few rows: workers.attention.few_rows
     case("llama", 4, dtype=torch.bfloat16, over_gloo=True),
     case("llama", 4, over_gloo=True),
     case("cohere", 2, use_qk_norm=True),

@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from conf.schema import ChunkRule
-from launch import engine, roles
+from launch.assembly import engine
+from launch.assembly import role_builder as roles
 from tests.multiprocess.process_group import run_ranks
-from tests.tiny_models import greedy_tokens, random_prompt
-from tests.tiny_runs import DEVICE, DISK, HOST, generate, tiny_run
-from workers.collectives import SharedMemoryAllReduce, has_ordered_stores
-from workers.pretrained import load_model
-from workers.shard import Shard
+from tests.support.tiny_models import greedy_tokens, random_prompt
+from tests.support.tiny_runs import DEVICE, DISK, HOST, generate, tiny_run
+from workers.models.pretrained import load_model
+from workers.parallel.collectives import SharedMemoryAllReduce, has_ordered_stores
+from workers.parallel.shard import Shard
 
 NUM_NEW_TOKENS, PROMPT, TIMEOUT_SECONDS = 24, random_prompt(150), 60.0
 SIZE = 2

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.multiprocess.forked_runs import is_alive, wait_until
-from tests.tiny_models import greedy_tokens, random_prompt
+from tests.support.tiny_models import greedy_tokens, random_prompt
 
 PROJECT = Path(__file__).resolve().parents[2]
 PROMPT = random_prompt(60)
@@ -54,7 +54,7 @@ class TorchrunRun:
         return next(
             process
             for process in self.descendants()
-            if process.cmdline()[-1].endswith("role_process.py") and process.environ()["RANK"] == str(rank)
+            if process.cmdline()[-1].endswith("worker_process.py") and process.environ()["RANK"] == str(rank)
         )
 
     def orchestrator(self) -> psutil.Process:

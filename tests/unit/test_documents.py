@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from conf.schema import LOOKUP_DRAFTER, Mode
-from launch.engine import prepare
-from tests.tiny_models import greedy_tokens
-from tests.tiny_runs import DISK, engine_for, run_to_end, tiny_run
+from launch.assembly.engine import prepare
+from tests.support.tiny_models import greedy_tokens
+from tests.support.tiny_runs import DISK, engine_for, run_to_end, tiny_run
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "".join(f"def f{i}(x):\n    return x * {i * 7919 % 1000}\n\n\n" for i in range(120))

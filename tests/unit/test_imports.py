@@ -24,38 +24,37 @@ THIRD_PARTY_FENCES = {
     "cupy": ("tiers/pinned_host_tier.py",),
     "rich": ("orchestrator/display.py", "launch/"),
     "transformers": (
-        "workers/model.py",
-        "workers/attention.py",
-        "workers/pretrained.py",
-        "workers/rotary.py",
-        "workers/sharded_weights.py",
+        "workers/models/cached_models.py",
+        "workers/attention/attend.py",
+        "workers/models/pretrained.py",
+        "workers/models/rotary.py",
+        "workers/models/sharded_weights.py",
         "launch/train_demo.py",
-        "launch/peers.py",
-        "launch/transformers_peers.py",
+        "launch/benchmark/peers.py",
+        "launch/benchmark/transformers_peers.py",
     ),
-    "datasets": ("launch/published_texts.py",),
-    "gguf": ("launch/gguf_export.py",),
-    "llama_cpp": ("launch/llama_cpp_peer.py",),
-    "tokenizers": ("launch/train_demo.py", "launch/demo_corpus.py"),
-    "safetensors": ("workers/pretrained.py", "workers/sharded_weights.py", "launch/widen.py"),
-    "accelerate": ("workers/sharded_weights.py",),
+    "datasets": ("launch/prompts/published_texts.py",),
+    "gguf": ("launch/benchmark/gguf_export.py",),
+    "llama_cpp": ("launch/benchmark/llama_cpp_peer.py",),
+    "tokenizers": ("launch/train_demo.py", "launch/demo_pair/corpus.py"),
+    "safetensors": ("workers/models/pretrained.py", "workers/models/sharded_weights.py", "launch/widen.py"),
+    "accelerate": ("workers/models/sharded_weights.py",),
     "matplotlib": ("launch/",),
-    "pyarrow": ("launch/sweep_table.py",),
-    "psutil": ("tiers/memory.py",),
+    "pyarrow": ("launch/sweeps/table.py",),
+    "psutil": ("tiers/planning/memory.py",),
     "xxhash": ("tiers/checksum.py",),
 }
 """Library: the files and folders that may import it."""
 
-CACHES_MAY_IMPORT = {
+CACHES_MAY_IMPORT = (
     "tiers.base",
     "tiers.errors",
     "tiers.transfer",
     "tiers.full_cache",
-    "tiers.chunk_index",
-    "tiers.context_summary",
+    "tiers.retrieval",
     "tiers.retrieval_cache",
     "tiers.quantisation",
-}
+)
 """Other caches, sizes and streams: what a cache's memory is, it is told."""
 
 ROLES = ("workers.drafter", "workers.lookup_drafter", "workers.retrieval_drafter", "workers.target_verifier")
@@ -121,16 +120,16 @@ def test_configuration_needs_the_standard_library_alone(path):
     assert not outside
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tiers").glob("*.py")), ids=name_of)
+@pytest.mark.parametrize("path", sorted((ROOT / "tiers").rglob("*.py")), ids=name_of)
 def test_tiers_know_of_the_configuration_its_schema_alone(path):
     assert not {name for name in imports_of(path) if name.startswith("conf.") and not name.startswith("conf.schema")}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "orchestrator").glob("*.py")), ids=name_of)
+@pytest.mark.parametrize("path", sorted((ROOT / "orchestrator").rglob("*.py")), ids=name_of)
 def test_orchestrator_takes_messages_from_workers_and_errors_from_tiers_and_nothing_else(path):
     for name in own(imports_of(path)):
         if name.startswith("workers"):
-            assert name.startswith(("workers.messages", "workers.channel")), name
+            assert name.startswith(("workers.messages", "workers.process.channel")), name
         if name.startswith("tiers"):
             assert name.startswith("tiers.errors"), name
     loads = {name.split(".")[0] for name in imports_of(path, while_type_checking=False)}
@@ -147,12 +146,13 @@ def test_roles_meet_in_the_hierarchy_alone(role):
 @pytest.mark.parametrize(
     "path",
     sorted((ROOT / "tiers").glob("*_cache.py"))
-    + [ROOT / "tiers" / name for name in ("chunk_index.py", "retrieval_selection.py", "transfer.py")],
+    + [path for path in sorted((ROOT / "tiers/retrieval").glob("[a-z]*.py"))]
+    + [ROOT / "tiers/transfer.py"],
     ids=name_of,
 )
 def test_caches_are_told_where_their_memory_is(path):
     for name in own(imports_of(path)):
-        assert ".".join(name.split(".")[:2]) in CACHES_MAY_IMPORT, name
+        assert name.startswith(CACHES_MAY_IMPORT), name
 
 
 @pytest.mark.parametrize(
@@ -163,10 +163,10 @@ def test_caches_are_told_where_their_memory_is(path):
             ", ".join(f"orchestrator.{path.stem}" for path in sorted((ROOT / "orchestrator").glob("[a-z]*.py"))),
             {"torch", "transformers", "cupy", "hydra"},
         ),
-        ("workers.messages, workers.shard", {"torch", "transformers", "numpy"}),
+        ("workers.messages, workers.parallel.shard", {"torch", "transformers", "numpy"}),
         ("conf.schema, conf.model_source", {"torch", "transformers", "numpy", "omegaconf"}),
         ("launch.run, launch.bench", {"torch", "transformers", "datasets"}),
-        ("tiers.plan, tiers.full_cache, tiers.pinned_host_tier", {"transformers", "cupy", "hydra"}),
+        ("tiers.planning.plan, tiers.full_cache, tiers.pinned_host_tier", {"transformers", "cupy", "hydra"}),
     ],
     ids=["hierarchy", "orchestrator", "messages", "conf", "run", "tiers"],
 )

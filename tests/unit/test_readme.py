@@ -5,9 +5,9 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from conf.schema import RunConfig
-from launch.bench_config import BenchConfig
+from launch.benchmark.config import BenchConfig
 from launch.plan import PlanConfig
-from launch.sweep_config import SweepConfig
+from launch.sweeps.config import SweepConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

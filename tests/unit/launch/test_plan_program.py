@@ -116,7 +116,7 @@ def test_what_cannot_be_planned_is_refused_in_one_message(overrides, words):
     assert all(word in result.stderr for word in words), result.stderr
 
 
-@pytest.mark.parametrize("name", ["plan", "bench", "analyze", "widen", "measure_gpu"])
+@pytest.mark.parametrize("name", ["plan", "bench", "analyze", "widen", "measure.gpu"])
 def test_help_shows_the_defaults(name, capsys):
     program = importlib.import_module(f"launch.{name}")
     with pytest.raises(SystemExit) as ended:

@@ -81,7 +81,7 @@ class FakeEngine:
 
 
 class FakeEngines(SimpleNamespace):
-    """Stands for the module launch.engine."""
+    """Stands for the module launch.assembly.engine."""
 
     def __init__(self):
         super().__init__(before=lambda point: None, engine=None, build_error=None)
@@ -101,7 +101,7 @@ class FakeEngines(SimpleNamespace):
 @pytest.fixture
 def engines(monkeypatch, tmp_path):
     fake = FakeEngines()
-    monkeypatch.setitem(sys.modules, "launch.engine", fake)
+    monkeypatch.setitem(sys.modules, "launch.assembly.engine", fake)
     monkeypatch.chdir(tmp_path)
     return fake
 

@@ -11,7 +11,7 @@ from conf.schema import ConfigError, PlacementConfig, PlacementKind
 from orchestrator import crew as crew_module
 from orchestrator.crew import BEAT, GUARD, PROCESS, Crew, RoleLostError, RunFailedError
 from orchestrator.placement import place
-from tests.unit.orchestrator.fake_crew import LIMITS, Clock, FakeHub, fake_crew
+from tests.support.fake_crew import LIMITS, Clock, FakeHub, fake_crew
 from tiers.errors import DamagedBlockError
 from workers.messages import (
     Beat,

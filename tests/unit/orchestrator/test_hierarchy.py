@@ -10,7 +10,7 @@ import pytest
 from orchestrator.hierarchy import Hierarchy, Round
 from orchestrator.rebuild_policy import RebuildPolicy
 from orchestrator.session import Session
-from tests.toy_models import no_text
+from tests.support.toy_models import no_text
 from workers.messages import DRAFTER, RETRIEVAL, Draft, InnerStep, Verdict
 
 EOS_ID = 99

@@ -10,7 +10,7 @@ import pytest
 from orchestrator.ahead import AheadRecord
 from orchestrator.hierarchy import Round
 from orchestrator.pace import PROBE_AFTER, WARM_UP, Acceptance, AdaptivePace, Cost
-from tiers.cost import expected_tokens
+from tiers.planning.cost import expected_tokens
 
 GAMMAS1, GAMMAS2 = (0, 1, 2, 4, 8), (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 

@@ -8,7 +8,7 @@ from conf.schema import PlacementKind
 from orchestrator import crew as crew_module
 from orchestrator.crew import GUARD, RunFailedError
 from orchestrator.remote_roles import RemoteDrafter, RemoteRetriever, RemoteVerifier
-from tests.unit.orchestrator.fake_crew import fake_crew
+from tests.support.fake_crew import fake_crew
 from workers.messages import (
     Built,
     Commit,

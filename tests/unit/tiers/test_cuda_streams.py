@@ -8,7 +8,7 @@ from contextlib import closing
 import pytest
 import torch
 
-from tests import fake_cuda
+from tests.support import fake_cuda
 from tiers.base import BlockShape
 from tiers.device_tier import DeviceTier
 from tiers.disk_tier import DiskTier

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.all_caches import (
+from tests.support.all_caches import (
     FULL_CACHES,
     Reference,
     assert_same_tokens,

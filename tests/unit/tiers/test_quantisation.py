@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.all_caches import PoisonedDeviceTier
+from tests.support.all_caches import PoisonedDeviceTier
 from tiers.base import CacheShape, padded
 from tiers.quantisation import GROUP_TOKENS, allocate_quantised, dequantise, quantise, quantised_bytes
 

@@ -12,17 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.all_caches import (
+from tests.support.all_caches import (
     STREAMING_LLM_CACHES,
     PoisonedDeviceTier,
     check_abort,
     check_history,
     check_reset,
 )
-from tests.tiny_models import random_model, random_prompt, tiny_config
+from tests.support.tiny_models import random_model, random_prompt, tiny_config
 from tiers.base import CacheShape
 from tiers.streaming_llm_cache import StreamingLLMCache
-from workers.model import CausalModel, StreamingModel
+from workers.models.cached_models import CausalModel, StreamingModel
 
 REPEATABLE = settings(derandomize=True, deadline=None, max_examples=25)
 EVERY_STREAMING_LLM_CACHE = pytest.mark.parametrize("case", STREAMING_LLM_CACHES, ids=lambda case: case.name)

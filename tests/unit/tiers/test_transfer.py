@@ -12,8 +12,8 @@ from contextlib import closing
 import pytest
 import torch
 
-from launch.roles import overlap
-from tests.all_caches import PoisonedDeviceTier
+from launch.assembly.role_builder import overlap
+from tests.support.all_caches import PoisonedDeviceTier
 from tiers.transfer import COPY_THREAD, BlockWriter, CpuBlockStreamer, Link, make_streamer
 
 BLOCK_SIZE = (2, 2, 8, 4)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.schema import Coupling, SamplingConfig
-from tests.toy_models import EXACT, MarkovModel, make_setup, random_table
+from tests.support.toy_models import EXACT, MarkovModel, make_setup, random_table
 from workers.acceptance import (
     ACCEPT,
     CHOOSE,

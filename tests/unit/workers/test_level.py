@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.toy_models import EXACT, MarkovModel
+from tests.support.toy_models import EXACT, MarkovModel
 from workers.acceptance import KeyedRandom, MaximalCoupling
 from workers.level import Level
 from workers.messages import Draft

@@ -13,7 +13,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 import workers.acceptance
 from conf.schema import SamplingConfig
-from tests.toy_models import EXACT, random_table
+from tests.support.toy_models import EXACT, random_table
 from workers.acceptance import NotFiniteError, distribution
 
 REPEATABLE = settings(derandomize=True, deadline=None)

@@ -1,0 +1,90 @@
+"""A text with facts as a model reads it: tokens, where each fact is among them, and what asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from conf.schema import ConfigError
+from launch.prompts.needle import Fact, NeedleForm, plant
+
+SPARE_TOKENS = 8
+"""For each fact: the whole text may be tokenized a little differently than its parts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is read behind the text, and the right answer; the fact is in [fact_begin, fact_end) of the text's tokens.
+
+    `depth` is the share of the text's tokens before the fact.
+    """
+
+    tokens: list[int]
+    answer: list[int]
+    fact_begin: int
+    fact_end: int
+    depth: float
+
+
+@dataclass(frozen=True, slots=True)
+class NeedlePrompt:
+    """The text's tokens, and a question for each fact, in the order of the facts."""
+
+    form: NeedleForm
+    tokens: list[int]
+    questions: list[Question]
+
+
+def make_needle_prompt(
+    tokenizer, filler: str, form: NeedleForm, facts: Sequence[Fact], depths: Sequence[float], max_tokens: int
+) -> NeedlePrompt:
+    """Facts in so much of the filler's beginning that text, question and answer have at most `max_tokens` tokens.
+
+    `tokenizer` is a fast tokenizer of transformers. Raises ConfigError where the facts alone are too long.
+    """
+    around = [_around(tokenizer, form, fact) for fact in facts]
+    asked = [_encode(tokenizer, question + fact.answer) for (_, question), fact in zip(around, facts, strict=True)]
+    before, _ = _encode(tokenizer, around[0][0])
+    num_taken = sum(len(_encode(tokenizer, fact.text)[0]) + SPARE_TOKENS for fact in facts)
+    num_taken += max(len(ids) for ids, _ in asked) + len(before)
+    if max_tokens < 2 * num_taken:
+        raise ConfigError(
+            f"context is {max_tokens}; it must be at least {2 * num_taken}, of which {len(facts)} facts of form {form} "
+            "take half (fewer needle.depths take less; needle.repeats=0 leaves the task out)"
+        )
+    _, ends = _encode(tokenizer, filler)
+    num_kept = max_tokens - num_taken
+    haystack = plant(filler[: ends[num_kept - 1]] if len(ends) > num_kept else filler, facts, depths)
+    # A template has its own beginning of sequence; and special tokens written in the text are plain text.
+    text, ends = _encode(tokenizer, haystack.text, add_special_tokens=not before, split_special_tokens=True)
+    tokens, questions = before + text, []
+    for fact, start, (_, question), (ids, id_ends) in zip(facts, haystack.starts, around, asked, strict=True):
+        begin = len(before) + _num_ending_by(ends, start)
+        end = len(before) + _num_ending_by(ends, start + len(fact.text) - 1) + 1
+        num_question = _num_ending_by(id_ends, len(question))
+        questions.append(Question(ids[:num_question], ids[num_question:], begin, end, begin / len(tokens)))
+    return NeedlePrompt(form, tokens, questions)
+
+
+def _around(tokenizer, form: NeedleForm, fact: Fact) -> tuple[str, str]:
+    """What comes before the text, and between it and the answer: the model's chat template around a question."""
+    if form != NeedleForm.question or not tokenizer.chat_template:
+        return "", fact.question
+    place = "the-text-goes-here"
+    messages = [{"role": "user", "content": place + fact.question}]
+    # A template without thinking leaves the word alone.
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    before, _, after = prompt.partition(place)
+    return before, after
+
+
+def _encode(tokenizer, text: str, **options) -> tuple[list[int], list[int]]:
+    """Token ids, special ones only if asked for, and at which character each ends."""
+    options = {"add_special_tokens": False} | options
+    encoding = tokenizer(text, return_offsets_mapping=True, verbose=False, **options)
+    return encoding["input_ids"], [end for _, end in encoding["offset_mapping"]]
+
+
+def _num_ending_by(ends: list[int], at: int) -> int:
+    """Of a text's tokens, how many end at or before a character: the number of the one it is in."""
+    return sum(end <= at for end in ends)

@@ -1,0 +1,1 @@
+"""Puts a run together: checks, sizes, models, tiers, roles, the engine."""

@@ -1,0 +1,1 @@
+"""Our engine side by side with its peers."""

@@ -1,0 +1,1 @@
+"""What all programs share: the command line, exit codes, signals, the machine."""

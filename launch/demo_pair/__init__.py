@@ -1,0 +1,1 @@
+"""How the embedded demo pair is made and widened."""

@@ -1,0 +1,1 @@
+"""Measurements of single parts, each started by python -m launch.measure.NAME."""

@@ -1,0 +1,147 @@
+"""Ways of decoding in turns over one prompt, which is read once: each goes on where the last one stopped.
+
+So ways that take turns see the same machine, the same caches and nearly the same context; the text they write differs,
+and with it what is accepted, which repetitions even out.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from conf.schema import CudaGraphs, RunConfig
+from launch.assembly.engine import Prepared, make_hierarchy, make_session, memory_plan, memory_shortage_as_config_error
+from launch.assembly.role_builder import RoleBuilder
+from orchestrator.hierarchy import Round
+from workers.messages import Draft
+from workers.models.cached_models import CausalModel
+
+WARM_UP_ROUNDS, FIRST_ROUNDS = 1, 3
+"""Not counted; the first ones of a way record its graphs."""
+
+
+@dataclass(kw_only=True)
+class Sample:
+    """Some tokens of one way of decoding."""
+
+    num_tokens: int = 0
+    num_rounds: int = 0
+    seconds: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
+    """Seconds by phase, as a round has them."""
+    num_proposed: int = 0
+    num_accepted: int = 0
+    gb_per_s: float | None = None
+    """Of the stream."""
+
+    @property
+    def acceptance(self) -> float | None:
+        """Of proposed tokens, by the target."""
+        return self.num_accepted / self.num_proposed if self.num_proposed else None
+
+    def add(self, record: Round, seconds: float) -> None:
+        self.num_tokens += len(record.tokens)
+        self.num_rounds += 1
+        self.seconds += seconds
+        self.num_proposed += len(record.proposed)
+        self.num_accepted += record.num_accepted
+        for phase, value in record.seconds.items():
+            self.phases[phase] = self.phases.get(phase, 0.0) + value
+
+
+class LevelsInTurns:
+    """All levels of `config`, made for its gamma2 as the largest. `target` are weights that are loaded already."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        prepared: Prepared,
+        target: CausalModel | None,
+        prompt: list[int],
+        max_new_tokens: int,
+    ):
+        config = replace(config, decoding=replace(config.decoding, cuda_graphs=CudaGraphs.on))
+        self.plan = memory_plan(config, prepared, len(prompt) + max_new_tokens, max_new_tokens)
+        self._device = prepared.device
+        self._warm: set[tuple[int, bool]] = set()
+        with memory_shortage_as_config_error(config):
+            seed = config.sampling.seed or 0
+            self._builder = RoleBuilder(
+                config, prepared.target, prepared.device, self.plan, seed=seed, max_new_tokens=max_new_tokens
+            )
+            self.target = target or self._builder.load_target()
+            self._verifier, self._target_model = self._builder.verifier(self.target)
+            self._hierarchy = make_hierarchy(
+                config,
+                make_session(config, prepared, prompt, max_new_tokens),
+                verifier=self._verifier,
+                retriever=self._builder.retriever(self.target),
+                drafter=self._builder.drafter(prepared.drafter, self.target.vocab_size),
+            )
+
+    def start(self) -> None:
+        """Reads the prompt and generates the first token."""
+        self._hierarchy.start()
+
+    def triforce(self, num_tokens: int, *, gamma2: int, graphs: bool) -> Sample:
+        """At least so many tokens in whole rounds, after those that warm up."""
+        self._hierarchy.gamma2 = gamma2
+        for recorded in self._builder.recorded:
+            recorded.is_on = graphs
+        for _ in range(WARM_UP_ROUNDS if (gamma2, graphs) in self._warm else FIRST_ROUNDS):
+            self._hierarchy.round()
+        self._warm.add((gamma2, graphs))
+        sample, before = Sample(), self._streamed()
+        while sample.num_tokens < num_tokens:
+            began = self._now()
+            record = self._hierarchy.round()
+            sample.add(record, self._now() - began)
+        assert not self._hierarchy.session.is_finished, "the measurement used up its tokens"
+        return self._with_stream(sample, before)
+
+    def autoregressive(self, num_tokens: int) -> Sample:
+        """So many tokens, after one that warms up; then the other levels catch up, which does not count."""
+        tokens: list[int] = []
+        with self._target_model.alone():
+            tokens += self._verify_one()
+            sample, before = Sample(num_rounds=num_tokens, num_tokens=num_tokens), self._streamed()
+            began = self._now()
+            for _ in range(num_tokens):
+                tokens += self._verify_one()
+            sample.seconds = self._now() - began
+        self._with_stream(sample, before)
+        sample.phases["verify"] = sample.seconds
+        for role in (self._hierarchy.retriever, self._hierarchy.drafter):
+            role.commit(tokens)
+        self._hierarchy.gamma2 = 0
+        self._hierarchy.round()
+        return sample
+
+    def _verify_one(self) -> list[int]:
+        verdict = self._verifier.verify(Draft())
+        tokens = self._hierarchy.session.commit([verdict.next_token])
+        self._verifier.commit(tokens)
+        return tokens
+
+    def _streamed(self) -> tuple[float, float]:
+        """Bytes and seconds so far."""
+        report = self._builder.streaming_report()
+        return report["bytes"], report["seconds"]
+
+    def _with_stream(self, sample: Sample, before: tuple[float, float]) -> Sample:
+        num_bytes, seconds = (now - then for now, then in zip(self._streamed(), before, strict=True))
+        if seconds > 0:
+            sample.gb_per_s = num_bytes / seconds / 1e9
+        return sample
+
+    def _now(self) -> float:
+        """When all that was queued is done."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def close(self) -> None:
+        """Gives the memory of all caches back, as far as nobody else refers to them."""
+        self._builder.close()

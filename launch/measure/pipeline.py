@@ -1,0 +1,147 @@
+"""Times a pipeline's parts: torchrun --nproc-per-node=N -m launch.measure.pipeline verification|overlap [key=value ...]
+
+verification    a verification of γ2 + 1 tokens by as many verifier ranks as there are: placement=colocated with N of 1,
+                2, ... or a pipeline; a row of a table for each start
+overlap         what drafting during verifications brings, on an emulated link: runs with decoding.overlap off, ahead
+                and outcomes, for links of several speeds, acceptances and couplings; with placement=pipeline (N of 4)
+                in processes of their own, or inline (N of 1) in threads
+
+Processes start once and make all runs. Ratios of runs beside each other mean something on a machine with nothing else
+to do; each process computes with one thread.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from conf.schema import ConfigError, Coupling, Overlap, PlacementKind, RunConfig, require
+from launch import run
+from launch.command_line.overrides import read_config
+from orchestrator.metrics import Metrics
+from orchestrator.placement import place
+
+ALWAYS = ["generation.ignore_eos=true", "placement.threads=1", "prompt.max_tokens=8192", "generation.max_new_tokens=96"]
+VERIFICATION = ["decoding.mode=retrieval", "cache.full.tier=device"]
+OVERLAP = ["cache.full.tier=host", "decoding.gamma2=12"]
+LINKS_GB_PER_S = (2.0, 0.5)
+ACCEPTANCES = (["cache.retrieval.budget=1024"], ["cache.retrieval.budget=128", "sampling.temperature=1"])
+"""A retrieval cache that is nearly always right, and one that is not."""
+
+Build = Callable[..., Any]
+"""As launch.assembly.engine.build."""
+
+
+@contextmanager
+def builder(config: RunConfig) -> Iterator[Build]:
+    """Builds runs one after another, in this process or in those of torchrun."""
+    from launch.assembly import engine
+    from launch.processes.company import Company
+
+    placement = place(config.placement, run.world_size())
+    if placement.kind is PlacementKind.inline:
+        yield engine.build
+        return
+    company = Company(config, placement, lambda line: print(line, file=sys.stderr))
+    company.start()
+    try:
+        yield company.build
+    finally:
+        company.close()
+
+
+def measured(build: Build, overrides: list[str]) -> Metrics:
+    """One run."""
+    from launch.assembly.engine import prepare
+    from launch.prompts.prompt import read_prompt
+
+    config = read_config([*ALWAYS, *overrides])
+    prepared = prepare(config)
+    prompt = read_prompt(config.prompt, prepared.tokenizer)
+    metrics = Metrics(uses_drafter=config.uses_drafter, uses_retrieval=config.uses_retrieval)
+    engine = build(config, prepared, prompt, config.generation.max_new_tokens, config.sampling.seed)
+    with closing(engine):
+        hierarchy = engine.hierarchy
+        advance = hierarchy.start
+        while not hierarchy.session.is_finished:
+            began = time.perf_counter()
+            round_ = advance()
+            metrics.add(round_, time.perf_counter() - began)
+            advance = hierarchy.round
+    return metrics
+
+
+def verification(build: Build, overrides: list[str]) -> Iterator[str]:
+    """The rows of the table, the first of them its head."""
+    placement = place(read_config(overrides).placement, run.world_size())
+    yield "| placement | verifier ranks | a verification | tokens per verification | TBT |"
+    yield "|---|---|---|---|---|"
+    for _ in range(3):
+        metrics = measured(build, [*VERIFICATION, *overrides])
+        milliseconds = 1e3 * metrics.phase_seconds["verify"] / metrics.verifications
+        yield (
+            f"| {placement.kind} | {placement.tensor_parallel} | {milliseconds:.1f} ms "
+            f"| {metrics.tokens_per_verification:.2f} | {1e3 * metrics.tbt_mean_s:.1f} ms |"
+        )
+
+
+def overlap(build: Build, overrides: list[str]) -> Iterator[str]:
+    """See `verification`. A step drafts γ1 tokens and has them verified by the retrieval draft."""
+    config = read_config(overrides)
+    require(
+        config.uses_retrieval, "decoding.mode", str(config.decoding.mode), "triforce or retrieval, which draft in steps"
+    )
+    yield (
+        "| coupling | link | a verification / a step | accepted | off | ahead: TBT, gain, hits "
+        "| outcomes: TBT, gain, hits |"
+    )
+    yield "|---|---|---|---|---|---|---|"
+    for coupling, acceptance, link in product(Coupling, ACCEPTANCES, LINKS_GB_PER_S):
+        settings = [*OVERLAP, *acceptance, f"sampling.coupling={coupling}", f"tiers.link.gb_per_s={link}"]
+        runs = {each: measured(build, [*settings, f"decoding.overlap={each}", *overrides]) for each in Overlap}
+        yield _overlap_row(f"{coupling} | {link:g} GB/s", runs)
+
+
+def _overlap_row(what: str, runs: dict[Overlap, Metrics]) -> str:
+    off = runs[Overlap.off]
+    drafting = off.phase_seconds.get("draft", 0.0) + off.phase_seconds.get("retrieval", 0.0)
+    num_steps = max(1, off.num_inner_steps)
+    ratio = off.phase_seconds["verify"] / off.verifications / (drafting / num_steps)
+    cells = [f"{ratio:.0f}", f"{off.levels[-1].acceptance_rate:.2f}", f"{1e3 * off.tbt_mean_s:.1f} ms"]
+    for each in (Overlap.ahead, Overlap.outcomes):
+        metrics = runs[each]
+        gain, hits = off.tbt_mean_s / metrics.tbt_mean_s, metrics.ahead.to_plain()["hit_rate"]
+        cells.append(f"{1e3 * metrics.tbt_mean_s:.1f} ms, {gain:.2f}x, {hits:.0%}")
+    return f"| {what} | {' | '.join(cells)} |"
+
+
+TABLES = {"verification": verification, "overlap": overlap}
+
+
+def main(argv: list[str]) -> int:
+    if os.environ.get("RANK", "0") != "0":
+        return run.main([])
+    try:
+        name, *overrides = argv or [""]
+        if name not in TABLES:
+            raise ConfigError(f"the first argument is {name!r}; it must be one of {', '.join(TABLES)}")
+        config = read_config([*ALWAYS, *overrides])
+        run.check_start(config)
+        with builder(config) as build:
+            for row in TABLES[name](build, overrides):
+                print(row, flush=True)
+    except ConfigError as error:
+        return run.refuse(error)
+    return run.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,315 @@
+"""What is refused before a model runs: each message names the key, what is wrong, and the file or id concerned."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import sys
+import time
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AttentionInterface, AutoConfig
+
+from conf.schema import ConfigError
+from tests.support.tiny_models import VOCAB_SIZE, save_checkpoint, tiny_config, tiny_tokenizer
+from workers.attention.attend import ATTENTION_NAME, cached_attention
+from workers.models import pretrained
+from workers.models.pretrained import check_same_vocabulary, describe, load_model
+
+CPU = torch.device("cpu")
+
+
+def facts_of(folder, key="model.target", dtype=torch.float32):
+    return describe(key, str(folder), dtype)
+
+
+def message_of(call, *args, **kwargs) -> str:
+    with pytest.raises(ConfigError) as refused:
+        call(*args, **kwargs)
+    return str(refused.value)
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture
+def folder(checkpoints, tmp_path):
+    """A copy of a good checkpoint, to be spoiled."""
+    return shutil.copytree(checkpoints("llama"), tmp_path / "model")
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    folder = save_checkpoint(tmp_path / "sharded", tiny_config("llama"), max_shard_size="12KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+def test_a_description_says_what_the_checkpoint_is(checkpoints):
+    facts = facts_of(checkpoints("gemma2"))
+    assert (facts.cache_shape.num_layers, facts.cache_shape.num_kv_heads, facts.cache_shape.head_dim) == (2, 2, 8)
+    assert facts.windows == [24, None] and facts.max_positions == 512
+    num_weights = sum(tensor.numel() for tensor in load_file(checkpoints("gemma2") / "model.safetensors").values())
+    assert facts.num_weight_bytes == 4 * num_weights
+
+
+@pytest.mark.parametrize(
+    ("rope", "wanted"),
+    [
+        ({"rope_type": "default"}, 512),
+        ({"rope_type": "linear", "factor": 4.0}, 2048),
+        ({"rope_type": "dynamic", "factor": 2.0}, 1024),
+        ({"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 64}, 2048),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}, 512),
+    ],
+)
+def test_positions_include_rope_scaling(checkpoints, rope, wanted):
+    folder = checkpoints("llama", rope_parameters=rope | {"rope_theta": 1e4})
+    assert facts_of(folder).max_positions == wanted
+
+
+# ---- Vocabularies ----
+
+
+def test_the_same_tokenizer_is_accepted_whatever_the_padding(checkpoints):
+    target, drafter = checkpoints("llama", vocab_size=VOCAB_SIZE + 16), checkpoints("llama")
+    check_same_vocabulary(facts_of(target), facts_of(drafter, "model.drafter"))
+
+
+@pytest.mark.parametrize(
+    ("vocab", "named"),
+    [
+        (tiny_tokenizer(prefix="x"), ["id 0 is 'x0'", "'t0' in the target's"]),
+        (tiny_tokenizer(VOCAB_SIZE - 3), ["id 93 is None there and 't93' in the target's"]),
+        (tiny_tokenizer(VOCAB_SIZE + 1), ["id 96 is 't96' there and None in the target's"]),
+    ],
+    ids=["other texts", "fewer", "more"],
+)
+def test_a_tokenizer_with_other_content_is_refused_by_an_id(checkpoints, tmp_path, vocab, named):
+    drafter = save_checkpoint(tmp_path / "drafter", tiny_config("llama"), tokenizer=vocab)
+    message = message_of(check_same_vocabulary, facts_of(checkpoints("llama")), facts_of(drafter, "model.drafter"))
+    assert all(part in message for part in ["model.drafter", str(drafter), "model.target", "lookup", *named]), message
+
+
+# ---- Places ----
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c"])
+def test_a_folder_that_does_not_exist_is_refused(name):
+    message = message_of(describe, "model.target", name, torch.float32)
+    assert message.startswith("model.target is ") and repr(name) in message and "no such folder" in message
+
+
+def test_a_folder_without_a_configuration_is_refused(tmp_path):
+    message = message_of(facts_of, tmp_path, "model.drafter")
+    assert "model.drafter" in message and "config.json" in message and str(tmp_path) in message
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"model_type": "llama", "hidden_size": "big"}', "{}"])
+def test_a_damaged_configuration_is_refused(folder, text):
+    (folder / "config.json").write_text(text)
+    message = message_of(facts_of, folder)
+    assert message.startswith("model.target is ") and str(folder) in message
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers", "head_dim"])
+def test_a_model_of_no_size_is_refused(folder, name):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"head_dim": None} | {name: 0}))
+    message = message_of(facts_of, folder)
+    assert message.startswith("model.target is ") and str(folder) in message
+
+
+@pytest.mark.parametrize("is_set_offline", [True, False])
+def test_a_hub_id_is_refused_at_once_where_there_is_no_network(monkeypatch, is_set_offline):
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_set_offline)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setattr(pretrained, "getproxies", dict)
+    began = time.monotonic()
+    message = message_of(describe, "model.target", "tierforce-nobody/no-such-model", torch.float32)
+    assert time.monotonic() - began < 5
+    assert "model.target is 'tierforce-nobody/no-such-model'" in message and "hub id" in message
+    assert constants.HF_HUB_OFFLINE
+
+
+def test_a_hub_that_answers_is_asked(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{hub.getsockname()[1]}")
+        monkeypatch.setattr(pretrained, "getproxies", dict)
+        pretrained._go_offline_without_network()
+        assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    message = message_of(facts_of, folder)
+    assert message.startswith("model.target is ") and "Tokenizer" in message
+
+
+# ---- Code from a checkpoint ----
+
+
+def test_an_unknown_model_with_its_own_code_is_refused_before_any_of_it_runs(folder):
+    code = {"AutoConfig": "their_code.TheirConfig", "AutoModelForCausalLM": "their_code.TheirModel"}
+    change_json(folder / "config.json", model_type="their_own", auto_map=code, architectures=["TheirModel"])
+    (folder / "their_code.py").write_text(f"open({str(folder / 'executed')!r}, 'w')\n")
+    message = message_of(facts_of, folder)
+    assert message.startswith("model.target is ") and "without remote code" in message
+    assert not (folder / "executed").exists()
+    assert not any("their_code" in module for module in sys.modules)
+
+
+def test_a_tokenizer_with_its_own_code_is_not_run(folder):
+    change_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["their_code.TheirTokenizer", None]})
+    (folder / "their_code.py").write_text(f"open({str(folder / 'executed')!r}, 'w')\n")
+    try:
+        facts_of(folder)
+    except ConfigError as refused:
+        assert str(refused).startswith("model.target is ")
+    assert not (folder / "executed").exists()
+
+
+# ---- Files of weights ----
+
+
+def test_a_missing_shard_is_refused_by_name(sharded):
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    shard.unlink()
+    message = message_of(facts_of, sharded)
+    assert str(shard) in message and "missing" in message and "download" in message
+
+
+@pytest.mark.parametrize("num_bytes", [0, 4, 100, -1])
+def test_a_truncated_shard_is_refused_by_name(sharded, num_bytes):
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:num_bytes])
+    message = message_of(facts_of, sharded)
+    assert str(shard) in message and "damaged" in message and "download" in message
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", '{"weight_map": null}'])
+def test_a_damaged_index_is_refused_by_name(sharded, text):
+    index = sharded / "model.safetensors.index.json"
+    index.write_text(text)
+    message = message_of(facts_of, sharded)
+    assert str(index) in message and "damaged" in message
+
+
+def test_a_folder_without_weights_is_refused(folder):
+    (folder / "model.safetensors").unlink()
+    message = message_of(facts_of, folder)
+    assert "model.safetensors is missing" in message
+
+
+def test_files_that_lack_a_weight_are_refused(folder):
+    """transformers would go on with random numbers in its place."""
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    message = message_of(load_model, facts_of(folder), CPU, self_check=True)
+    assert "lack 1 of the weights" in message and "model.layers.1.mlp.up_proj.weight" in message
+
+
+def test_weights_that_do_not_fit_the_configuration_are_refused(folder):
+    change_json(folder / "config.json", intermediate_size=64)
+    message = message_of(load_model, facts_of(folder), CPU, self_check=True)
+    assert "lack 6 of the weights" in message and "model.layers.0.mlp.down_proj.weight (another shape)" in message
+
+
+def test_older_checkpoints_are_read_as_weights_only(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert load_model(facts_of(folder), CPU, self_check=True).vocab_size == VOCAB_SIZE
+
+
+def test_older_checkpoints_that_would_run_code_are_not_read(folder):
+    class Evil:
+        def __reduce__(self):
+            return open, (str(folder / "executed"), "w")
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Evil()}, folder / "pytorch_model.bin")
+    message = message_of(load_model, facts_of(folder), CPU, self_check=True)
+    assert message.startswith("model.target is ")
+    assert not (folder / "executed").exists()
+
+
+# ---- Families ----
+
+REFUSED_FAMILIES = {
+    "llama4_text": "chunked_attention",
+    "qwen3_next": "linear_attention",
+    "mamba": "linear_attention",
+    "falcon_h1": "hybrid",
+    "deepseek_v32": "indexed_attention",
+    "gemma4_text": "layers differ in their heads",
+}
+
+
+@pytest.mark.parametrize("family", REFUSED_FAMILIES)
+def test_a_family_that_would_be_served_wrongly_is_refused_by_name(tmp_path, checkpoints, family):
+    folder = shutil.copytree(checkpoints("llama"), tmp_path / family)
+    AutoConfig.for_model(family).save_pretrained(folder)
+    message = message_of(facts_of, folder)
+    assert (
+        message.startswith(f"model.target is {str(folder)!r}")
+        and REFUSED_FAMILIES[family] in message
+        and "such as Llama" in message
+    )
+
+
+def test_the_self_check_refuses_a_model_whose_attention_is_computed_differently(checkpoints):
+    """Its own attention is not that of its query, key and value alone: the reference differs from ours."""
+
+    def tilted(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        return cached_attention(module, query, key.roll(1, dims=2), value, attention_mask, scaling, **kwargs)
+
+    facts = facts_of(checkpoints("llama"))
+    assert load_model(facts, CPU, self_check=True)
+    AttentionInterface.register(ATTENTION_NAME, tilted)
+    try:
+        message = message_of(load_model, facts, CPU, self_check=True)
+        assert load_model(facts, CPU, self_check=False)
+    finally:
+        AttentionInterface.register(ATTENTION_NAME, cached_attention)
+    assert "model type llama" in message and "self-check" in message and "relative error" in message
+
+
+@pytest.mark.parametrize("dtype", pretrained.SELF_CHECK_TOLERANCE)
+def test_the_self_check_accepts_every_dtype(checkpoints, dtype):
+    assert load_model(facts_of(checkpoints("llama"), dtype=dtype), CPU, self_check=True)
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, ValueError, KeyError, AssertionError])
+def test_the_self_check_refuses_a_model_that_fails_in_our_attention(checkpoints, failure):
+    def failing(*args, **kwargs):
+        raise failure("not for this model")
+
+    AttentionInterface.register(ATTENTION_NAME, failing)
+    try:
+        message = message_of(load_model, facts_of(checkpoints("llama")), CPU, self_check=True)
+    finally:
+        AttentionInterface.register(ATTENTION_NAME, cached_attention)
+    assert "not for this model" in message
+
+
+@pytest.mark.parametrize(
+    ("rope", "max_positions", "words"),
+    [
+        ({"rope_type": "default", "rope_theta": 1e4}, 64, ["model.max_positions is 64", "above the 128 positions"]),
+        ({"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}, 1024, ["must be null", "linear"]),
+    ],
+)
+def test_only_a_plain_rotary_embedding_is_stretched_and_only_to_more(tmp_path, rope, max_positions, words):
+    folder = save_checkpoint(tmp_path / "m", tiny_config("llama", max_position_embeddings=128, rope_parameters=rope))
+    with pytest.raises(ConfigError) as caught:
+        describe("model.target", str(folder), torch.float32, max_positions)
+    assert all(word in str(caught.value) for word in words)

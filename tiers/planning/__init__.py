@@ -1,0 +1,1 @@
+"""The memory plan before anything is loaded, and what it costs in time."""

@@ -1,0 +1,1 @@
+"""Which tokens of the context the retrieval cache gets."""

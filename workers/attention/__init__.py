@@ -1,0 +1,1 @@
+"""What a forward pass sees, and how its attention is computed."""

@@ -1,0 +1,1 @@
+"""transformers models on our caches: facts, loading, reading, recording."""

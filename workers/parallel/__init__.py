@@ -1,0 +1,1 @@
+"""Tensor parallelism: shards, sums over ranks."""

@@ -1,0 +1,1 @@
+"""A role in a process of its own: messages, heartbeats, streams, threads."""
