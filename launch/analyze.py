@@ -19,15 +19,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from conf.model_source import model_source
 from conf.schema import ConfigError
 from launch.analysis.config import AnalyzeConfig, said_of_document
 from launch.analysis.report import show, summarise, write_summary, write_tables
+from launch.assembly.start_checks import check_folder
+from launch.command_line.outcome import ExitCode, refuse
 from launch.command_line.overrides import compose_program
 from launch.prompts.prompt import check_prompt
-from launch.run import DONE, check_folder, refuse
 from tiers.errors import OutOfTierMemoryError
 
 
@@ -91,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         return refuse(error)
     except OutOfTierMemoryError as error:
         return refuse(ConfigError(f"{error}. A smaller context (it is {config.context}) or fewer budgets need less"))
-    return DONE
+    return ExitCode.done
 
 
 if __name__ == "__main__":

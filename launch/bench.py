@@ -19,11 +19,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from conf.schema import ConfigError
+from launch.assembly.start_checks import check_start
 from launch.benchmark.config import read_bench_config
-from launch.run import DONE, FAILED, INTERRUPTED, check_start, refuse
+from launch.command_line.outcome import ExitCode, refuse
 
 PIPED_WIDTH = 120
 
@@ -43,10 +42,10 @@ def main(argv: list[str] | None = None) -> int:
         side_by_side = import_module("launch.benchmark.side_by_side")  # and torch with it: seconds
         num_failed = side_by_side.SideBySide(config=config, folder=folder, console=console, argv=argv).run()
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return ExitCode.interrupted
     except ConfigError as error:
         return refuse(error)
-    return FAILED if num_failed else DONE
+    return ExitCode.failed if num_failed else ExitCode.done
 
 
 if __name__ == "__main__":

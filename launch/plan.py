@@ -19,14 +19,12 @@ from hydra.core.config_store import ConfigStore
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from conf.model_shapes import ModelShape, model_shape
 from conf.model_source import model_source
 from conf.schema import AUTO, LOOKUP_DRAFTER, ConfigError, RunConfig, require
 from launch.assembly.sizing import FreeBytes, ModelSize, budgets, gammas1, gammas2, plan_input
+from launch.command_line.outcome import refuse
 from launch.command_line.overrides import compose_program
-from launch.run import refuse
 from tiers.base import BlockShape, CacheShape, page_aligned
 from tiers.disk_tier import DiskTier
 from tiers.planning.cost import (

@@ -16,10 +16,8 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from conf.schema import ConfigError
-from launch.run import refuse
+from launch.command_line.outcome import refuse
 from launch.sweeps.medians import Point, Results, load, results_of, symbol, where
 
 FORMATS = ("png", "svg")

@@ -7,11 +7,7 @@ one message; 130 interrupted. torch is imported only after the configuration was
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import tempfile
-import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -23,106 +19,22 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from conf.model_source import model_source
-from conf.schema import LOOKUP_DRAFTER, NO_DRAFTER, ConfigError, PlacementConfig, PlacementKind, RunConfig, to_plain
+from conf.schema import ConfigError, PlacementConfig, PlacementKind, RunConfig, to_plain
 from launch.assembly.session_run import fit_to_model, make_metrics, make_seed, take_round
+from launch.assembly.start_checks import check_start, world_size
+from launch.command_line.interruption import Interruption
+from launch.command_line.outcome import ExitCode, fail, refuse
 from launch.command_line.overrides import CONFIG_FOLDER, read_config
+from launch.command_line.program import program
 from launch.processes.guard import Guard
-from launch.prompts.prompt import check_prompt, read_prompt, workload_of
-from orchestrator.crew import RunFailedError
+from launch.prompts.prompt import read_prompt, workload_of
 from orchestrator.display import Display
 from orchestrator.hierarchy import Round
 from orchestrator.metrics import Metrics
 from orchestrator.placement import place
 from orchestrator.run_files import Report, versions
 
-DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
-FAILURE_LOG = "failure.log"
-# Which role a line of code belongs to, for the message of a failure; all else is the orchestrator's.
-ROLE_OF_FILE = {
-    "drafter.py": "drafter",
-    "lookup_drafter.py": "drafter",
-    "retrieval_drafter.py": "retriever",
-    "target_verifier.py": "verifier",
-}
-
-
-def check_start(config: RunConfig, num_processes: int | None = None) -> None:
-    """What must hold on this machine before anything is loaded; `num_processes` if not those that torchrun started."""
-    place(config.placement, num_processes or world_size())
-    check_folder("output", config.output, "outputs/run")
-    if config.tiers.disk.folder is not None:
-        check_folder("tiers.disk.folder", config.tiers.disk.folder, "outputs/disk")
-    check_prompt(config.prompt)
-    model_source("model.target", config.model.target)
-    if config.model.drafter not in (LOOKUP_DRAFTER, NO_DRAFTER):
-        model_source("model.drafter", config.model.drafter)
-
-
-def world_size() -> int:
-    """Processes that torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def check_folder(key: str, folder: str, example: str) -> None:
-    """The folder can be made, or is there, and can be written; leaves nothing behind."""
-    example = f"a folder that can be written, for example {example}"
-    if not folder or "\0" in folder:
-        raise ConfigError(f"{key} is {folder!r}; it must be {example}")
-    nearest = Path(folder).absolute()
-    try:
-        while not nearest.exists():
-            nearest = nearest.parent
-        tempfile.TemporaryDirectory(dir=nearest).cleanup()
-    except OSError as error:
-        raise ConfigError(
-            f"{key} is {folder!r}, but {nearest} cannot be written ({error.strerror}); it must be {example}"
-        ) from None
-
-
 # ---- The run. ----
-
-
-class Interruption:
-    """Ctrl-C and SIGTERM: the first one ends the run in good order, a later one at once.
-
-    While a round is decoded the first is only noted, so that the session stays whole; elsewhere it raises
-    KeyboardInterrupt. torchrun passes a Ctrl-C on to a process that had it already: an echo is no second one.
-    A round that waits for other processes may be left, too, when it takes longer than torchrun's patience.
-    """
-
-    ECHO_SECONDS = 2.0
-    PATIENCE_SECONDS = 15.0
-    """torchrun kills after 30."""
-
-    def __init__(self):
-        self.is_requested = self.is_deferred = False
-        self._first_at = 0.0
-
-    def __enter__(self) -> Interruption:
-        self._earlier = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._earlier.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        now = time.monotonic()
-        if not self.is_requested:
-            self.is_requested, self._first_at = True, now
-            must_stop_now = not self.is_deferred
-        else:
-            must_stop_now = now - self._first_at > self.ECHO_SECONDS
-        if must_stop_now:
-            raise KeyboardInterrupt
-
-    def check_patience(self) -> None:
-        """Raises KeyboardInterrupt when a round takes too long after the first signal."""
-        if self.is_requested and self.is_deferred and time.monotonic() - self._first_at > self.PATIENCE_SECONDS:
-            raise KeyboardInterrupt
 
 
 @dataclass(kw_only=True)
@@ -148,7 +60,7 @@ class Job:
 
     def run(self) -> int:
         """The exit code; raises ConfigError for what cannot be run, anything else for what failed."""
-        report, code = Report(self.folder), FAILED
+        report, code = Report(self.folder), ExitCode.failed
         try:
             try:
                 self._load()
@@ -165,7 +77,7 @@ class Job:
                 self.engine.close()
             if self.company is not None:
                 # Whoever waits for the prompt to be read, or for the dead, does not hear that it is over.
-                self.company.close(at_once=code != DONE)
+                self.company.close(at_once=code != ExitCode.done)
 
     def _load(self) -> None:
         engines = import_module("launch.assembly.engine")  # and torch with it: seconds
@@ -216,7 +128,7 @@ class Job:
         result = self._result(session)
         path = report.write_result(result)
         self.display.finish(result, os.path.relpath(path))
-        return DONE if session is not None and session.is_finished else INTERRUPTED
+        return ExitCode.done if session is not None and session.is_finished else ExitCode.interrupted
 
     def _result(self, session: Any) -> dict[str, Any]:
         engine = self.engine
@@ -249,48 +161,11 @@ def run(config: RunConfig, folder: Path, console: Console | None = None) -> int:
         with interruption, display:
             return job.run()
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return ExitCode.interrupted
     except ConfigError as error:
         return refuse(error)
     except Exception as error:
         return fail(error, job.phase, folder)
-
-
-def refuse(error: ConfigError) -> int:
-    """One message."""
-    print(f"tierforce: {error}", file=sys.stderr, flush=True)
-    return REFUSED
-
-
-def fail(error: Exception, phase: str, folder: Path) -> int:
-    """One line with the root cause; the traceback goes to a file."""
-    root = error
-    while root.__cause__ is not None:
-        root = root.__cause__
-    reason = (str(root).splitlines() or [""])[0]
-    role, rank = (error.role, error.rank) if isinstance(error, RunFailedError) else (role_of(error), 0)
-    where = f"phase {phase}, role {role}, rank {rank}"
-    log = write_traceback(error, folder / FAILURE_LOG)
-    print(f"tierforce: failed in {where}: {type(root).__name__}: {reason} ({log})", file=sys.stderr, flush=True)
-    return FAILED
-
-
-def write_traceback(error: Exception, path: Path) -> str:
-    """Where the traceback is; a disk that is full must not hide what went wrong."""
-    try:
-        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="backslashreplace")
-    except OSError as failure:
-        return f"no traceback written: {failure.strerror}"
-    return f"traceback: {os.path.relpath(path)}"
-
-
-def role_of(error: BaseException) -> str:
-    """The role whose code the error came through."""
-    for frame in traceback.extract_tb(error.__traceback__):
-        path = Path(frame.filename)
-        if path.parent.name == "workers" and path.name in ROLE_OF_FILE:
-            return ROLE_OF_FILE[path.name]
-    return "orchestrator"
 
 
 def run_task(cfg: DictConfig) -> int:
@@ -303,19 +178,14 @@ def run_task(cfg: DictConfig) -> int:
     return run(config, Path(HydraConfig.get().runtime.output_dir))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The program; `argv` without its name."""
-    argv = sys.argv[1:] if argv is None else argv
+@program
+def main(argv: list[str]) -> int:
+    """The orchestrator of a run; on any other rank the guard of its worker."""
     if os.environ.get("RANK", "0") != "0":
         return Guard(start_timeout_s(argv)).run()
-    # transformers' advice to its callers is no message to the user.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        # Hydra's own flags (--help, --cfg job, --multirun) bring their own syntax: it checks what it composes.
-        if not any(item.startswith("-") for item in argv):
-            check_start(read_config(argv))
-    except ConfigError as error:
-        return refuse(error)
+    # Hydra's own flags (--help, --cfg job, --multirun) bring their own syntax: it checks what it composes.
+    if not any(item.startswith("-") for item in argv):
+        check_start(read_config(argv))
     return run_hydra(argv)
 
 
@@ -334,20 +204,18 @@ def run_hydra(argv: list[str]) -> int:
     @hydra.main(version_base=None, config_path=str(CONFIG_FOLDER), config_name="run")
     def task(cfg: DictConfig) -> None:
         codes.append(run_task(cfg))
-        if codes[-1] == INTERRUPTED:
-            sys.exit(INTERRUPTED)
+        if codes[-1] == ExitCode.interrupted:
+            sys.exit(ExitCode.interrupted)
 
     outer, sys.argv = sys.argv, [sys.argv[0], *argv]
     try:
         task()
     except SystemExit as exit_:
-        return exit_.code if isinstance(exit_.code, int) else DONE
+        return exit_.code if isinstance(exit_.code, int) else ExitCode.done
     finally:
         sys.argv = outer
-    return max(codes, default=DONE)
+    return max(codes, default=ExitCode.done)
 
 
 if __name__ == "__main__":
-    # Model text may hold what the terminal's encoding does not.
-    sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())

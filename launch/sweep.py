@@ -19,11 +19,9 @@ import hydra
 from rich.console import Console
 from rich.text import Text
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from conf.schema import ConfigError
+from launch.command_line.outcome import ExitCode, refuse
 from launch.command_line.overrides import CONFIG_FOLDER
-from launch.run import DONE, FAILED, INTERRUPTED, REFUSED, refuse
 from launch.sweeps.config import Sweep, read_sweep
 from launch.sweeps.job import jobs_of, run_jobs
 from launch.sweeps.progress import SweepProgress, described, figures_of
@@ -40,7 +38,7 @@ def main(argv: list[str] | None = None, console: Console | None = None) -> int:
     console = console or Console()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         if os.environ.get("RANK", "0") != "0":
-            return REFUSED
+            return ExitCode.refused
         return refuse(
             ConfigError("launch/sweep.py starts torchrun itself, for each job: python launch/sweep.py -m ...")
         )
@@ -71,13 +69,14 @@ def run_sweep(sweep: Sweep, console: Console, *, is_multirun: bool) -> int:
         with progress:
             code = run_hydra([*flags, *sweep.arguments])
     except KeyboardInterrupt:
-        code = INTERRUPTED
+        code = ExitCode.interrupted
     finally:
         signal.signal(signal.SIGTERM, handler)
     summarise(folder, progress, axes, console)
-    if code in (DONE, FAILED):
+    if code in (ExitCode.done, ExitCode.failed):
         failed = [row for row in progress.rows if row["status"] != ROW_DONE]
-        code = FAILED if failed or code == FAILED or (expected is not None and progress.num_left) else DONE
+        is_whole = not failed and code == ExitCode.done and not (expected is not None and progress.num_left)
+        code = ExitCode.done if is_whole else ExitCode.failed
     return code
 
 
@@ -105,10 +104,10 @@ def run_hydra(argv: list[str]) -> int:
     try:
         hydra.main(version_base=None, config_path=str(CONFIG_FOLDER), config_name="sweep")(run_jobs)()
     except SystemExit as exit_:
-        return exit_.code if isinstance(exit_.code, int) else DONE
+        return exit_.code if isinstance(exit_.code, int) else ExitCode.done
     finally:
         sys.argv = outer
-    return DONE
+    return ExitCode.done
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import functools
 import json
 import math
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +26,6 @@ from tokenizers import Tokenizer
 from torch.nn.functional import log_softmax
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.demo_pair import corpus as demo_corpus
 

@@ -21,14 +21,12 @@ import torch
 from hydra.core.config_store import ConfigStore
 from safetensors import safe_open
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from conf.model_shapes import PUBLISHED, ModelShape, model_shape
 from conf.model_source import model_source
 from conf.schema import ConfigError, Dtype, require
+from launch.command_line.outcome import refuse
 from launch.command_line.overrides import compose_program
 from launch.demo_pair.widening import Widening, make_noise
-from launch.run import refuse
 from workers.models.sharded_weights import weight_files
 
 SHARD_BYTES = 4 << 30

@@ -11,14 +11,11 @@ knows what the tokens to come will attend to; or other ways of storing them (int
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import hydra
 import torch
 from omegaconf import DictConfig
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from conf.schema import (
     CacheConfig,

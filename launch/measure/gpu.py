@@ -31,8 +31,6 @@ from statistics import median
 import torch
 from hydra.core.config_store import ConfigStore
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from conf.schema import (
     CacheConfig,
     ConfigError,
@@ -49,11 +47,11 @@ from conf.schema import (
     require,
 )
 from launch.assembly.engine import prepare
+from launch.command_line.outcome import refuse
 from launch.command_line.overrides import compose_program
 from launch.measure.copies import Copies
 from launch.measure.levels_in_turns import LevelsInTurns, Sample
 from launch.prompts.prompt import read_prompt
-from launch.run import refuse
 from launch.widen import Fill, WidenConfig, Widened, widen
 from orchestrator.run_files import versions
 from tiers.base import Segment

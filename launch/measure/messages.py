@@ -15,12 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import torch
 
 from conf.schema import PlacementConfig, PlacementKind, RunConfig
 from launch import run
+from launch.assembly.start_checks import world_size
 from launch.processes import guard, worker_process
 from orchestrator.placement import place
 from orchestrator.remote_roles import RemoteDrafter, RemoteRetriever
@@ -72,7 +71,7 @@ class InstantRoles:
 def measure() -> None:
     from launch.processes.company import Company
 
-    placement = place(PlacementConfig(kind=PlacementKind.pipeline), run.world_size())
+    placement = place(PlacementConfig(kind=PlacementKind.pipeline), world_size())
     company = Company(RunConfig(), placement, print)
     company.start()
     try:

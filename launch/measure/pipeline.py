@@ -18,13 +18,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from itertools import product
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from conf.schema import ConfigError, Coupling, Overlap, PlacementKind, RunConfig, require
 from launch import run
+from launch.assembly.start_checks import check_start, world_size
+from launch.command_line.outcome import ExitCode, refuse
 from launch.command_line.overrides import read_config
 from orchestrator.metrics import Metrics
 from orchestrator.placement import place
@@ -46,7 +45,7 @@ def builder(config: RunConfig) -> Iterator[Build]:
     from launch.assembly import engine
     from launch.processes.company import Company
 
-    placement = place(config.placement, run.world_size())
+    placement = place(config.placement, world_size())
     if placement.kind is PlacementKind.inline:
         yield engine.build
         return
@@ -81,7 +80,7 @@ def measured(build: Build, overrides: list[str]) -> Metrics:
 
 def verification(build: Build, overrides: list[str]) -> Iterator[str]:
     """The rows of the table, the first of them its head."""
-    placement = place(read_config(overrides).placement, run.world_size())
+    placement = place(read_config(overrides).placement, world_size())
     yield "| placement | verifier ranks | a verification | tokens per verification | TBT |"
     yield "|---|---|---|---|---|"
     for _ in range(3):
@@ -134,13 +133,13 @@ def main(argv: list[str]) -> int:
         if name not in TABLES:
             raise ConfigError(f"the first argument is {name!r}; it must be one of {', '.join(TABLES)}")
         config = read_config([*ALWAYS, *overrides])
-        run.check_start(config)
+        check_start(config)
         with builder(config) as build:
             for row in TABLES[name](build, overrides):
                 print(row, flush=True)
     except ConfigError as error:
-        return run.refuse(error)
-    return run.DONE
+        return refuse(error)
+    return ExitCode.done
 
 
 if __name__ == "__main__":

@@ -10,19 +10,15 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
-from pathlib import Path
 from statistics import median
 
 import hydra
 import torch
 from omegaconf import DictConfig
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from launch.assembly.role_builder import overlap
 from tiers.base import BlockShape, Segment

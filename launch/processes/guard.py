@@ -23,8 +23,6 @@ from types import FrameType
 
 import msgspec
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from launch.processes.mps import Service
 from workers.messages import Close, DumpStacks, Ended, Ping, Restart
 from workers.process.channel import PING_SECONDS, ChannelError, Endpoints, Line, PingListener

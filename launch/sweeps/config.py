@@ -18,8 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.schema import ConfigError, RunConfig, require
+from launch.assembly.start_checks import check_start
 from launch.command_line.overrides import CONFIG_FOLDER, GROUPS, check_override, explained, parse_override
-from launch.run import check_start
 from launch.sweeps.table import METRICS
 
 SWEEP_GROUPS = (*GROUPS, "experiment")

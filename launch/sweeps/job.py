@@ -27,8 +27,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from conf.schema import ConfigError, RunConfig
-from launch.run import FAILURE_LOG
-from launch.run import REFUSED as REFUSED_CODE
+from launch.command_line.outcome import FAILURE_LOG, ExitCode
 from launch.sweeps.config import refusal_of
 from launch.sweeps.table import (
     DONE,
@@ -121,7 +120,7 @@ class Job:
         return row | columns | self.settings
 
     def _refused(self) -> Row:
-        return self.row(REFUSED, exit_code=REFUSED_CODE, message=str(self.refusal), seconds=0.0)
+        return self.row(REFUSED, exit_code=ExitCode.refused, message=str(self.refusal), seconds=0.0)
 
     def _started(self, timeout_s: float | None) -> Row:
         began = time.monotonic()
@@ -131,7 +130,7 @@ class Job:
         result = finished_result(self.folder)
         if exit_code == 0 and result is not None:
             return self.row(DONE, **columns) | row_of_result(result)
-        status = REFUSED if exit_code == REFUSED_CODE else FAILED
+        status = REFUSED if exit_code == ExitCode.refused else FAILED
         message = last_message(self.folder / LOG)
         if exit_code is None:
             message = f"took longer than timeout_s={timeout_s:g}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.run import Interruption
+from launch.command_line.interruption import Interruption
 from tests.multiprocess import faults, forked_runs
 from tests.support.tiny_models import greedy_tokens, random_prompt
 

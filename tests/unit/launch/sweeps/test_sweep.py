@@ -187,8 +187,8 @@ def test_torchrun_is_refused_since_the_sweep_starts_it(fake, capfd, monkeypatch)
 
 
 def test_an_interrupted_sweep_ends_its_job_and_leaves_no_row(tmp_path):
-    code = "import sys; from launch import sweep, sweep_job; "
-    code += f"sweep_job.PROGRAM = {fake_run.__file__!r}; sys.exit(sweep.main())"
+    code = "import sys; from launch import sweep; from launch.sweeps import job; "
+    code += f"job.PROGRAM = {fake_run.__file__!r}; sys.exit(sweep.main())"
     command = [sys.executable, "-c", code, "-m", "prompt.text=fine,hang,fine2", f"output={tmp_path}/s"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     log = tmp_path / "s/jobs/starts.txt"

@@ -1,0 +1,71 @@
+"""How a program ends: its exit code, and the one message that says why."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from enum import IntEnum
+from pathlib import Path
+
+from conf.schema import ConfigError
+from orchestrator.crew import RunFailedError
+
+FAILURE_LOG = "failure.log"
+"""File in a run's folder with the traceback of its failure."""
+ROLE_OF_FILE = {
+    "drafter.py": "drafter",
+    "lookup_drafter.py": "drafter",
+    "retrieval_drafter.py": "retriever",
+    "target_verifier.py": "verifier",
+}
+"""Role that the code of a file in workers/ belongs to, for the message of a failure; all else is the orchestrator's."""
+
+
+class ExitCode(IntEnum):
+    """Exit codes of all programs."""
+
+    done = 0
+    failed = 1
+    """A failure at run time."""
+    refused = 2
+    """A bad configuration or input."""
+    interrupted = 130
+    """Ctrl-C or SIGTERM, as shells report it."""
+
+
+def refuse(error: ConfigError) -> ExitCode:
+    """Prints the refusal's message on standard error."""
+    print(f"tierforce: {error}", file=sys.stderr, flush=True)
+    return ExitCode.refused
+
+
+def fail(error: Exception, phase: str, folder: Path) -> ExitCode:
+    """Prints one line with the root cause of a failure; the traceback goes to FAILURE_LOG in `folder`."""
+    root: BaseException = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    reason = (str(root).splitlines() or [""])[0]
+    role, rank = (error.role, error.rank) if isinstance(error, RunFailedError) else (role_of(error), 0)
+    where = f"phase {phase}, role {role}, rank {rank}"
+    log = write_traceback(error, folder / FAILURE_LOG)
+    print(f"tierforce: failed in {where}: {type(root).__name__}: {reason} ({log})", file=sys.stderr, flush=True)
+    return ExitCode.failed
+
+
+def write_traceback(error: Exception, path: Path) -> str:
+    """Tells where the traceback was written, or why it was not: a full disk must not hide what went wrong."""
+    try:
+        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="backslashreplace")
+    except OSError as failure:
+        return f"no traceback written: {failure.strerror}"
+    return f"traceback: {os.path.relpath(path)}"
+
+
+def role_of(error: BaseException) -> str:
+    """The role whose code the error came through."""
+    for frame in traceback.extract_tb(error.__traceback__):
+        path = Path(frame.filename)
+        if path.parent.name == "workers" and path.name in ROLE_OF_FILE:
+            return ROLE_OF_FILE[path.name]
+    return "orchestrator"
