@@ -9,7 +9,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from conf.schema import ConfigError
-from orchestrator.crew import RunFailedError
+from orchestrator.calls import RunFailedError
 
 FAILURE_LOG = "failure.log"
 """File in a run's folder with the traceback of its failure."""
