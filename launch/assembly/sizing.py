@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from conf.schema import MAX_AUTO_GAMMA1, MAX_AUTO_GAMMA2, PlacementConfig, RunConfig
 from tiers.base import CacheShape
 from tiers.planning.sizes import PlanInput, RetrievalSizes, StreamingSizes
 
+Config = TypeVar("Config", bound=RunConfig)
 GIB = 2**30
 PIECE_TOKENS = 1024
 """Tokens of the prompt that pass through a layer together."""
@@ -86,7 +88,7 @@ def budgets(config: RunConfig, num_prompt_tokens: int) -> tuple[int, ...]:
     return tuple(fitting) or (min(AUTO_BUDGETS[0] // size * size or size, most),)
 
 
-def with_known_budget(config: RunConfig, num_prompt_tokens: int, notes: list[str]) -> RunConfig:
+def with_known_budget(config: Config, num_prompt_tokens: int, notes: list[str]) -> Config:
     """With the budget that memory is planned for: as configured, cut to the prompt; the most that `auto` takes.
 
     Where that is not what was configured, a line for the user is added to `notes`.
