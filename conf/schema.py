@@ -65,7 +65,7 @@ class CudaGraphs(StrEnum):
     off = "off"
 
 
-class ChunkRule(StrEnum):
+class RetrievalRuleName(StrEnum):
     """By what the chunks of the retrieval cache are chosen."""
 
     attention = "attention"
@@ -200,7 +200,7 @@ class RetrievalCacheConfig:
     rebuilds from measured costs and running acceptance, of what a quarter of the context has room for."""
     chunk_size: int = 8
     """Tokens that are chosen together."""
-    rule: ChunkRule = ChunkRule.attention
+    rule: RetrievalRuleName = RetrievalRuleName.attention
     """attention: what the last verifications attended to; mean_key: products of queries and the chunk's mean key, as in
     TriForce, which takes memory on the device."""
     dtype: ChunkDtype = ChunkDtype.auto

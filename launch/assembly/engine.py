@@ -5,14 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
 from conf.schema import AUTO, LOOKUP_DRAFTER, ConfigError, CudaGraphs, Dtype, RunConfig
 from launch.assembly.role_builder import RoleBuilder, disk_folder
-from launch.assembly.sizing import FreeBytes, ModelSize, budgets, gammas1, gammas2, plan_input, streaming_slack
+from launch.assembly.sizing import (
+    FreeBytes,
+    ModelSize,
+    available_bytes,
+    budgets,
+    gammas1,
+    gammas2,
+    plan_input,
+    streaming_sizes,
+    with_known_budget,
+)
 from orchestrator.hierarchy import Hierarchy
 from orchestrator.pace import AdaptivePace
 from orchestrator.rebuild_policy import RebuildPolicy
@@ -27,7 +37,8 @@ from tiers.planning.memory import (
     num_idle_cores,
     process_bytes,
 )
-from tiers.planning.plan import MemoryPlan, PlanInput, make_plan
+from tiers.planning.plan import MemoryPlan, make_plan
+from tiers.planning.sizes import PlanInput
 from workers.models.cached_models import CausalModel, TargetModel
 from workers.models.pretrained import ModelFacts, check_same_vocabulary, describe
 from workers.process.background import InBackground
@@ -111,13 +122,13 @@ def _choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
 
 
 def _check_drafter_window(config: RunConfig, drafter: ModelFacts) -> None:
-    streaming = config.cache.streaming
-    most = drafter.max_positions - streaming.sinks - streaming_slack(config)
+    streaming = streaming_sizes(config)
+    most = drafter.max_positions - streaming.sinks - streaming.slack
     if streaming.window > most:
         raise ConfigError(
             f"cache.streaming.window is {streaming.window}; it must be at most {most}: the drafter knows "
             f"{drafter.max_positions} positions, {streaming.sinks} of them for cache.streaming.sinks and "
-            f"{streaming_slack(config)} for tokens in flight"
+            f"{streaming.slack} for tokens in flight"
         )
 
 
@@ -173,7 +184,7 @@ def build(config: RunConfig, prepared: Prepared, prompt_ids: list[int], max_new_
     process_planned_bytes = process_bytes()[0] + sum(in_this_process)
     notes.append(plan.reason)
     with memory_shortage_as_config_error(config):
-        how = {"seed": seed, "max_new_tokens": max_new_tokens, "in_threads": config.overlaps}
+        how = {"seed": seed, "in_threads": config.overlaps}
         builder = RoleBuilder(config, prepared.target, prepared.device, plan, on_locked=prepared.on_locked, **how)
         target = builder.load_target()
         verifier, target_model = builder.verifier(target)
@@ -186,8 +197,8 @@ def build(config: RunConfig, prepared: Prepared, prompt_ids: list[int], max_new_
             retriever=builder.retriever(target) if config.uses_retrieval else None,
             drafter=builder.drafter(prepared.drafter, target.vocab_size) if config.uses_drafter else None,
         )
-    if builder.link.gb_per_s is not None:
-        notes.append(f"the link from host to device is emulated: {builder.link.gb_per_s:g} GB/s")
+    if builder.tiers.link.gb_per_s is not None:
+        notes.append(f"the link from host to device is emulated: {builder.tiers.link.gb_per_s:g} GB/s")
     return Engine(
         hierarchy=hierarchy,
         plan=plan,
@@ -250,27 +261,14 @@ def make_hierarchy(config: RunConfig, session: Session, *, pace: AdaptivePace | 
     )
 
 
-def with_known_budget(config: RunConfig, num_prompt_tokens: int, notes: list[str]) -> RunConfig:
-    """With the budget that memory is planned for: as configured, cut to the prompt; the most that `auto` takes."""
-    if not config.uses_retrieval:
-        return config
-    retrieval, most = config.cache.retrieval, budgets(config, num_prompt_tokens)[-1]
-    if retrieval.budget == AUTO:
-        notes.append(f"cache.retrieval.budget=auto: at most {most}")
-    elif retrieval.budget > most:
-        notes.append(f"cache.retrieval.budget={retrieval.budget} is more than the prompt: cut to {most}")
-    return replace(config, cache=replace(config.cache, retrieval=replace(retrieval, budget=most)))
-
-
 def _free_bytes(config: RunConfig, prepared: Prepared) -> FreeBytes:
-    gib, placement = 2**30, config.placement
-    device_limit, host_limit, disk_limit = placement.device_memory_gib, placement.host_memory_gib, placement.disk_gib
-    return FreeBytes(
-        device=int(device_limit * gib) if device_limit else device_free_bytes(prepared.device),
-        host=int(host_limit * gib) if host_limit else host_free_bytes(),
-        disk=int(disk_limit * gib) if disk_limit else disk_free_bytes(disk_folder(config)),
+    free = FreeBytes(
+        device=device_free_bytes(prepared.device),
+        host=host_free_bytes(),
+        disk=disk_free_bytes(disk_folder(config)),
         device_is_host=prepared.device.type != "cuda",
     )
+    return available_bytes(config.placement, free)
 
 
 def plan_input_for(config: RunConfig, prepared: Prepared, **tokens_and_free) -> PlanInput:

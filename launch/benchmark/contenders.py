@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from conf.schema import RunConfig
-from launch.assembly.engine import Engine, Prepared, build, plan_input_for, prepare, with_known_budget
+from launch.assembly.engine import Engine, Prepared, build, plan_input_for, prepare
 from launch.assembly.session_run import make_metrics, take_round
-from launch.assembly.sizing import FreeBytes
+from launch.assembly.sizing import FreeBytes, with_known_budget
 from tiers.planning.plan import make_plan
 
 WORKSPACE_BYTES = 256 << 20

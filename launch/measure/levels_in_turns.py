@@ -68,9 +68,7 @@ class LevelsInTurns:
         self._warm: set[tuple[int, bool]] = set()
         with memory_shortage_as_config_error(config):
             seed = config.sampling.seed or 0
-            self._builder = RoleBuilder(
-                config, prepared.target, prepared.device, self.plan, seed=seed, max_new_tokens=max_new_tokens
-            )
+            self._builder = RoleBuilder(config, prepared.target, prepared.device, self.plan, seed=seed)
             self.target = target or self._builder.load_target()
             self._verifier, self._target_model = self._builder.verifier(self.target)
             self._hierarchy = make_hierarchy(

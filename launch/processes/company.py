@@ -16,9 +16,9 @@ import msgspec
 import torch.distributed as dist
 
 from conf.schema import RunConfig, to_plain
-from launch.assembly.engine import Prepared, make_hierarchy, make_pace, make_session, plan_input_for, with_known_budget
+from launch.assembly.engine import Prepared, make_hierarchy, make_pace, make_session, plan_input_for
 from launch.assembly.role_builder import disk_folder, overlap
-from launch.assembly.sizing import FreeBytes
+from launch.assembly.sizing import FreeBytes, available_bytes, with_known_budget
 from launch.processes.guard import CLOSING_SECONDS, ENDPOINTS
 from launch.processes.rendezvous import publish_endpoints
 from launch.processes.worker_process import WEIGHTS, Assignment
@@ -346,7 +346,6 @@ class _Planner:
         return make_plan(self._inputs(prepared, free), self._config.cache)
 
     def _left_for(self, rank: int, others: dict[int, MemoryPlan]) -> FreeBytes:
-        placement, gib = self._config.placement, 2**30
         node, device = self._seats[rank].node, self._devices[rank]
         beside = [other for other in self._placement.verifier_ranks if self._seats[other].node == node]
         on_device = [other for other in beside if self._devices[other] == device]
@@ -355,17 +354,16 @@ class _Planner:
             for other, plan in others.items()
             if (self._seats[other].node, self._devices[other]) == (node, device)
         )
-        found = self._free[rank]
-        of_device = placement.device_memory_gib * gib if placement.device_memory_gib else found["device"]
-        of_host = placement.host_memory_gib * gib if placement.host_memory_gib else found["host"]
-        of_disk = placement.disk_gib * gib if placement.disk_gib else found["disk"]
-        if device == "cpu":
-            of_host -= taken
+        found = FreeBytes(
+            **{tier: self._free[rank][tier] for tier in ("device", "host", "disk")}, device_is_host=device == "cpu"
+        )
+        usable = available_bytes(self._config.placement, found)
+        of_host = usable.host - taken if usable.device_is_host else usable.host
         return FreeBytes(
-            device=max(0, int((of_device - taken) / len(on_device))),
-            host=max(0, int(of_host / len(beside))),
-            disk=int(of_disk / len(beside)),
-            device_is_host=device == "cpu",
+            device=max(0, (usable.device - taken) // len(on_device)),
+            host=max(0, of_host // len(beside)),
+            disk=usable.disk // len(beside),
+            device_is_host=usable.device_is_host,
         )
 
     def _inputs(self, prepared: Prepared, free: FreeBytes):

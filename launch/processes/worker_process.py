@@ -110,7 +110,6 @@ class Roles:
             self.device,
             assignment.plan,
             seed=assignment.seed,
-            max_new_tokens=assignment.max_new_tokens,
             in_threads=True,
         )
         self._make(dtype)
