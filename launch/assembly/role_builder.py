@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from conf.schema import ChunkRule, CudaGraphs, Overlap, RunConfig
+from conf.schema import CudaGraphs, Overlap, RunConfig
 from launch.assembly.sizing import PIECE_TOKENS, retrieval_tail_tokens, streaming_slack
 from tiers.base import BlockShape, CacheShape, Tier
 from tiers.device_tier import DeviceTier
@@ -19,9 +19,8 @@ from tiers.pinned_host_tier import PinnedHostTier, can_pin
 from tiers.planning.numa import bind_to_node_of
 from tiers.planning.plan import MemoryPlan
 from tiers.quantised_retrieval_cache import make_retrieval_cache
-from tiers.retrieval.attention_rule import AttentionMass
 from tiers.retrieval.context_summary import ContextSummary
-from tiers.retrieval.mean_key_rule import ChunkIndex, Pool, not_pooled
+from tiers.retrieval.rule import Pool, not_pooled, rule_class
 from tiers.retrieval.selection import RetrievalSelection
 from tiers.retrieval_cache import RetrievalCache
 from tiers.streaming_llm_cache import StreamingLLMCache
@@ -84,7 +83,7 @@ class RoleBuilder:
         self.recorded: list[RecordedModel] = []
         self.weight_bytes = 0
         self.pool_scores: Pool = not_pooled
-        """Of chunks, over the ranks of a verifier; see tiers.retrieval.mean_key_rule.Pool."""
+        """Of chunks, over the ranks of a verifier; see tiers.retrieval.rule.Pool."""
 
     def close(self) -> None:
         if self.full_cache is not None:
@@ -251,8 +250,7 @@ class RoleBuilder:
     def _selection(self, full_cache: FullCache) -> RetrievalSelection:
         capacity, facts = self.plan.max_tokens + self.plan.slack_tokens, self.target_facts
         retrieval, shape, tier = self.config.cache.retrieval, facts.cache_shape, self.device_tier
-        make_rule = ChunkIndex if retrieval.rule == ChunkRule.mean_key else AttentionMass
-        rule = make_rule(shape, capacity, retrieval.chunk_size, tier, self.pool_scores)
+        rule = rule_class(retrieval.rule)(shape, capacity, retrieval.chunk_size, tier, self.pool_scores)
         summary = ahead = None
         if retrieval.summary_tokens:
             summary = ContextSummary(shape, capacity, retrieval.summary_tokens, tier)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from conf.schema import AUTO, MAX_AUTO_GAMMA1, MAX_AUTO_GAMMA2, ChunkRule, RunConfig
+from conf.schema import AUTO, MAX_AUTO_GAMMA1, MAX_AUTO_GAMMA2, RetrievalRuleName, RunConfig
 from tiers.base import CacheShape
 from tiers.planning.plan import PlanInput
 
@@ -112,7 +112,7 @@ def plan_input(
         retrieval_tail=tail,
         retrieval_bits=retrieval.dtype.bits,
         chunk_size=retrieval.chunk_size,
-        keeps_mean_keys=retrieval.rule == ChunkRule.mean_key,
+        keeps_mean_keys=retrieval.rule == RetrievalRuleName.mean_key,
         ahead_tokens=budget if retrieval.rebuild != "never" else 0,
         summary_tokens=retrieval.summary_tokens,
         drafter_shape=drafter.cache_shape if drafter else None,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conf.schema import ChunkRule
+from conf.schema import RetrievalRuleName
 from launch.assembly import engine
 from launch.assembly import role_builder as roles
 from tests.multiprocess.process_group import run_ranks
@@ -29,10 +29,10 @@ SIZE = 2
 ONE_KV_HEAD = {"num_key_value_heads": 1}
 """Shared by both ranks."""
 RUNS = [
-    ("llama", {}, DEVICE, ChunkRule.attention),
-    ("llama", {}, DISK, ChunkRule.mean_key),
-    ("llama", ONE_KV_HEAD, HOST, ChunkRule.attention),
-    ("phi3", {}, HOST, ChunkRule.attention),
+    ("llama", {}, DEVICE, RetrievalRuleName.attention),
+    ("llama", {}, DISK, RetrievalRuleName.mean_key),
+    ("llama", ONE_KV_HEAD, HOST, RetrievalRuleName.attention),
+    ("phi3", {}, HOST, RetrievalRuleName.attention),
 ]
 
 

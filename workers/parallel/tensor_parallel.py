@@ -42,7 +42,7 @@ class AllReduce(Protocol):
 
 
 def pooled_scores(all_reduce: AllReduce, heads: Heads, num_kv_heads: int, scores: torch.Tensor) -> torch.Tensor:
-    """See tiers.retrieval.mean_key_rule.Pool: each score is a mean over this rank's query heads, of which ranks may
+    """See tiers.retrieval.rule.Pool: each score is a mean over this rank's query heads, of which ranks may
     have more and fewer. All ranks call it in the same order, and those that share a kv head get the same bits."""
     num_own = heads.query.stop - heads.query.start
     sums = scores.new_zeros(num_kv_heads, scores.shape[1] + 1)

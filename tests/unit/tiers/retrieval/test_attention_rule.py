@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.support.all_caches import SHAPE, PoisonedDeviceTier, Reference, forward, full_cache, random_kv, read_prompt
 from tiers.base import CacheShape, Segment
-from tiers.retrieval.attention_rule import DECAY, AttentionMass
+from tiers.retrieval.attention_rule import DECAY, AttentionRule
 from workers.attention.attend import ForwardPass, active, attend, cached_attention
 from workers.attention.chunk_mass import ChunkMass
 
@@ -80,9 +80,9 @@ def test_a_pass_tells_every_layers_mass_and_adds_up_to_one():
         torch.testing.assert_close(mass.sum(1), torch.ones(HEADS))
 
 
-def rule_of(num_tokens: int, chunk_size: int) -> AttentionMass:
+def rule_of(num_tokens: int, chunk_size: int) -> AttentionRule:
     shape = CacheShape(num_layers=1, num_kv_heads=HEADS, head_dim=DIM, dtype=torch.float32)
-    return AttentionMass(shape, num_tokens, chunk_size, PoisonedDeviceTier())
+    return AttentionRule(shape, num_tokens, chunk_size, PoisonedDeviceTier())
 
 
 def test_heads_choose_what_they_attended_to():
