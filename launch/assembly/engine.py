@@ -28,8 +28,9 @@ from tiers.planning.memory import (
     process_bytes,
 )
 from tiers.planning.plan import MemoryPlan, PlanInput, make_plan
-from workers.models.cached_models import CausalModel, TargetModel
-from workers.models.pretrained import ModelFacts, check_same_vocabulary, describe
+from workers.models.causal_model import CausalModel
+from workers.models.facts import ModelFacts, check_same_vocabulary, describe
+from workers.models.target_model import TargetModel
 from workers.process.background import InBackground
 
 

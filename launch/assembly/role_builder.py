@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from conf.schema import ChunkRule, CudaGraphs, Overlap, RunConfig
+from conf.schema import ChunkRule, Coupling, CudaGraphs, Overlap, RunConfig
 from launch.assembly.sizing import PIECE_TOKENS, retrieval_tail_tokens, streaming_slack
 from tiers.base import BlockShape, CacheShape, Tier
 from tiers.device_tier import DeviceTier
@@ -29,10 +29,14 @@ from tiers.transfer import BlockWriter, Link, make_streamer
 from workers.acceptance import KeyedRandom, make_coupling
 from workers.drafter import Drafter
 from workers.lookup_drafter import LookupDrafter
-from workers.models.cached_models import CausalModel, RetrievalModel, StreamingModel, TargetModel
+from workers.models.causal_model import CausalModel
 from workers.models.cuda_graphs import CudaRecorder, RecordedModel, Recorder, run_anew
-from workers.models.pretrained import ModelFacts, load_model
+from workers.models.facts import ModelFacts
+from workers.models.loading import load_model
+from workers.models.retrieval_model import RetrievalModel
 from workers.models.shared_weights import load_shared_model
+from workers.models.streaming_model import StreamingModel
+from workers.models.target_model import TargetModel
 from workers.parallel.shard import WHOLE
 from workers.retrieval_drafter import RetrievalDrafter
 from workers.target_verifier import TargetVerifier
@@ -116,7 +120,7 @@ class RoleBuilder:
     # ---- Models. ----
 
     def load_target(self, **how) -> CausalModel:
-        """See workers.models.pretrained.load_model. Raises ConfigError."""
+        """See workers.models.loading.load_model. Raises ConfigError."""
         return self._load(self.target_facts, **how)
 
     def take_target(self, description: dict) -> CausalModel:
@@ -155,12 +159,12 @@ class RoleBuilder:
         """Without `facts` of a model it looks up n-grams. `vocab_size` is the target's."""
         config = self.config
         if facts is None:
-            one_hot = config.sampling.coupling == "maximal" and not config.sampling.is_greedy
+            one_hot = config.sampling.coupling == Coupling.maximal and not config.sampling.is_greedy
             return LookupDrafter(vocab_size, one_hot=one_hot)
         streaming = config.cache.streaming
         slack = streaming_slack(config)
         cache = StreamingLLMCache(facts.cache_shape, streaming.sinks, streaming.window, slack, self.device_tier)
-        model = StreamingModel(self._recorded(facts, self._load(facts), cache), cache)
+        model = StreamingModel(self._recorded(facts, self._load(facts, layer_major=False), cache), cache)
         coupling = self._coupling(LEVEL_DRAFTER)
         # Where the retrieval draft stands between, it names the runners-up of what it hands on.
         names_runners_up = self._wants_runners_up and not config.uses_retrieval
