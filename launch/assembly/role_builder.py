@@ -29,10 +29,14 @@ from tiers.transfer import Link
 from workers.acceptance import GumbelCoupling, KeyedRandom, MaximalCoupling, make_coupling
 from workers.drafter import Drafter
 from workers.lookup_drafter import LookupDrafter
-from workers.models.cached_models import CausalModel, RetrievalModel, StreamingModel, TargetModel
+from workers.models.causal_model import CausalModel
 from workers.models.cuda_graphs import CudaRecorder, RecordedModel, Recorder, run_anew
-from workers.models.pretrained import ModelFacts, load_model
+from workers.models.facts import ModelFacts
+from workers.models.loading import load_model
+from workers.models.retrieval_model import RetrievalModel
 from workers.models.shared_weights import load_shared_model
+from workers.models.streaming_model import StreamingModel
+from workers.models.target_model import TargetModel
 from workers.parallel.shard import WHOLE
 from workers.parallel.tensor_parallel import AllReduce
 from workers.retrieval_drafter import RetrievalDrafter
@@ -121,7 +125,7 @@ class RoleBuilder:
     # ---- Models. ----
 
     def load_target(self, all_reduce: AllReduce | None = None) -> CausalModel:
-        """The target with weights of its own; see workers.models.pretrained.load_model. Raises ConfigError."""
+        """The target with weights of its own; see workers.models.loading.load_model. Raises ConfigError."""
         return self._load(self.target_facts, all_reduce)
 
     def take_target(self, description: dict[str, Any]) -> CausalModel:
@@ -129,10 +133,10 @@ class RoleBuilder:
         self.models.append(load_shared_model(self.target_facts, description, self.device))
         return self.models[-1]
 
-    def _load(self, facts: ModelFacts, all_reduce: AllReduce | None = None) -> CausalModel:
+    def _load(self, facts: ModelFacts, all_reduce: AllReduce | None = None, *, layer_major: bool = True) -> CausalModel:
         self.weight_bytes += facts.num_weight_bytes
-        self_check = self.config.model.self_check
-        self.models.append(load_model(facts, self.device, self_check=self_check, all_reduce=all_reduce))
+        how = {"self_check": self.config.model.self_check, "layer_major": layer_major}
+        self.models.append(load_model(facts, self.device, all_reduce=all_reduce, **how))
         return self.models[-1]
 
     # ---- Roles. ----
@@ -166,7 +170,7 @@ class RoleBuilder:
             return LookupDrafter(vocab_size, one_hot=one_hot)
         assert self.sizes.streaming is not None, "the plan has no drafter"
         cache = caches.streaming_cache(self.sizes.streaming, facts.cache_shape, self.tiers.device)
-        model = StreamingModel(self._recorded(facts, self._load(facts), cache), cache)
+        model = StreamingModel(self._recorded(facts, self._load(facts, layer_major=False), cache), cache)
         coupling = self._coupling(LEVEL_DRAFTER)
         # Where the retrieval draft stands between, it names the runners-up of what it hands on.
         names_runners_up = self._wants_runners_up and not config.uses_retrieval

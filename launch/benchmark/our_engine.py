@@ -16,7 +16,7 @@ from launch.benchmark.contender import WORKSPACE_BYTES, Cell, Turn
 from launch.command_line.timing import Stopwatch
 from orchestrator.metrics import Metrics
 from tiers.planning.plan import make_plan
-from workers.models.cached_models import CausalModel
+from workers.models.causal_model import CausalModel
 
 BOUNDLESS = FreeBytes(device=1 << 60, host=1 << 60, disk=1 << 60, device_is_host=True)
 
