@@ -12,9 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from conf.schema import RunConfig
-from launch.assembly.engine import Engine, Prepared, build, plan_input_for, prepare, with_known_budget
+from launch.assembly.engine import LocalEngine, build, plan_input_for, with_known_budget
+from launch.assembly.prepare import Prepared, prepare
 from launch.assembly.session_run import make_metrics, take_round
 from launch.assembly.sizing import FreeBytes
+from launch.assembly.task import Task
 from tiers.planning.plan import make_plan
 
 WORKSPACE_BYTES = 256 << 20
@@ -107,7 +109,7 @@ class OurEngine:
 
     cell: Cell
     config: RunConfig
-    _engine: Engine | None = None
+    _engine: LocalEngine | None = None
     _clock: ForwardClock | None = None
     _wanted_tokens: int = 0
     _metrics: Any = field(init=False)
@@ -118,21 +120,25 @@ class OurEngine:
     def needed_bytes(self) -> int:
         """What its plan takes; that of each tier, where host and device are one memory."""
         cell, config = self.cell, with_known_budget(self.config, len(self.cell.prompt), [])
-        inputs = plan_input_for(
-            config,
-            cell.prepared if config.uses_drafter else replace(cell.prepared, drafter=None),
-            max_tokens=len(cell.prompt) + cell.num_new_tokens,
-            max_new_tokens=cell.num_new_tokens,
-            free=BOUNDLESS,
-        )
-        planned = make_plan(inputs, config.cache).totals
+        prepared = cell.prepared if config.uses_drafter else replace(cell.prepared, drafter=None)
+        planned = make_plan(plan_input_for(self._task(config, prepared), BOUNDLESS), config.cache).totals
         return planned["device"] + (planned["host"] if cell.prepared.device.type == "cpu" else 0) + WORKSPACE_BYTES
 
     def load(self) -> None:
         cell = self.cell
-        self._engine = build(self.config, prepare(self.config), cell.prompt, cell.num_new_tokens, cell.seed)
+        self._engine = build(self._task(self.config, prepare(self.config)))
         if cell.prepared.device.type == "cpu" and not self.config.overlaps:
             self._clock = ForwardClock(self._engine.models)
+
+    def _task(self, config: RunConfig, prepared: Prepared) -> Task:
+        cell = self.cell
+        return Task(
+            config=config,
+            prepared=prepared,
+            prompt_ids=cell.prompt,
+            max_new_tokens=cell.num_new_tokens,
+            seed=cell.seed,
+        )
 
     def start(self) -> list[int]:
         take_round(self._engine.hierarchy.start, self._metrics)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from enum import StrEnum
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,14 @@ import torch
 from tiers.retrieval.context_summary import Summary
 from tiers.retrieval_cache import LayerUpdate, RetrievalCache, RetrievalUpdate
 from workers.messages import Draft, InnerStep, UpdateNotice, Verdict
+
+
+class UpdatePath(StrEnum):
+    """Which of the three ways updates go."""
+
+    same_process = "same_process"
+    shared_memory = "shared_memory"
+    carried = "carried"
 
 
 class Publisher(Protocol):
