@@ -11,7 +11,7 @@ import msgspec
 
 from conf.schema import RunConfig, to_plain
 from launch.assembly.engine import make_hierarchy, make_pace, with_known_budget
-from launch.assembly.role_builder import disk_folder, overlap
+from launch.assembly.role_builder import disk_folder, hidden_share
 from launch.assembly.sizing import FreeBytes
 from launch.assembly.task import Task
 from launch.processes.assignment import WEIGHTS, Assignment, make_assignments
@@ -87,7 +87,7 @@ class RemoteEngine:
             **total,
             **slowest,
             "gb_per_s": total["bytes"] / slowest["seconds"] / 1e9 if slowest["seconds"] else 0.0,
-            "overlap": overlap(slowest["seconds"], slowest["stall_s"]),
+            "overlap": hidden_share(slowest["seconds"], slowest["stall_s"]),
             "emulated_link_gb_per_s": parts[0]["emulated_link_gb_per_s"],
         }
 
