@@ -117,7 +117,7 @@ class RoleBuilder:
             "seconds": stats.seconds,
             "gb_per_s": rate,
             "stall_s": stats.stall_seconds,
-            "overlap": overlap(stats.seconds, stats.stall_seconds),
+            "overlap": hidden_share(stats.seconds, stats.stall_seconds),
             "emulated_link_gb_per_s": self.tiers.link.gb_per_s,
             "damaged_blocks": self.tiers.disk.num_damaged + self.tiers.host.num_damaged,
         }
@@ -243,8 +243,8 @@ def disk_folder(config: RunConfig) -> Path:
     return Path(config.tiers.disk.folder or config.output)
 
 
-def overlap(seconds: float, stall_seconds: float) -> float | None:
-    """Share of the seconds with copies under way in which attention did not wait for them; None if there were none."""
+def hidden_share(seconds: float, stall_seconds: float) -> float | None:
+    """Share of the seconds in which copies were under way, in which attention did not wait for them."""
     return max(0.0, 1 - stall_seconds / seconds) if seconds else None
 
 

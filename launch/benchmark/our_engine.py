@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from conf.schema import RunConfig
-from launch.assembly.engine import Engine, build, plan_input_for, prepare
+from launch.assembly.engine import LocalEngine, build, plan_input_for
+from launch.assembly.prepare import Prepared, prepare
 from launch.assembly.session_run import make_metrics, take_round
 from launch.assembly.sizing import FreeBytes, with_known_budget
+from launch.assembly.task import Task
 from launch.benchmark.contender import WORKSPACE_BYTES, Cell, Turn
 from launch.command_line.timing import Stopwatch
 from orchestrator.metrics import Metrics
@@ -47,7 +49,7 @@ class OurEngine:
 
     cell: Cell
     config: RunConfig
-    _engine: Engine | None = None
+    _engine: LocalEngine | None = None
     _clock: ForwardClock | None = None
     _wanted_tokens: int = 0
     _metrics: Metrics = field(init=False)
@@ -58,25 +60,29 @@ class OurEngine:
     def needed_bytes(self) -> int:
         """What its plan takes on the device; of host and device where both are one memory."""
         cell, config = self.cell, with_known_budget(self.config, len(self.cell.prompt), [])
-        inputs = plan_input_for(
-            config,
-            cell.prepared if config.uses_drafter else replace(cell.prepared, drafter=None),
-            max_tokens=cell.num_positions,
-            max_new_tokens=cell.num_new_tokens,
-            free=BOUNDLESS,
-        )
-        planned = make_plan(inputs, config.cache).totals
+        prepared = cell.prepared if config.uses_drafter else replace(cell.prepared, drafter=None)
+        planned = make_plan(plan_input_for(self._task(config, prepared), BOUNDLESS), config.cache).totals
         return planned["device"] + (planned["host"] if cell.prepared.device.type == "cpu" else 0) + WORKSPACE_BYTES
 
     def load(self) -> None:
         """Plans the memory, and makes weights and caches. Raises ConfigError."""
         cell = self.cell
-        self._engine = build(self.config, prepare(self.config), cell.prompt, cell.num_new_tokens, cell.seed)
+        self._engine = build(self._task(self.config, prepare(self.config)))
         if cell.prepared.device.type == "cpu" and not self.config.overlaps:
             self._clock = ForwardClock(self._engine.models)
 
+    def _task(self, config: RunConfig, prepared: Prepared) -> Task:
+        cell = self.cell
+        return Task(
+            config=config,
+            prepared=prepared,
+            prompt_ids=cell.prompt,
+            max_new_tokens=cell.num_new_tokens,
+            seed=cell.seed,
+        )
+
     @property
-    def _loaded(self) -> Engine:
+    def _loaded(self) -> LocalEngine:
         assert self._engine is not None, "a contender is loaded before it takes part"
         return self._engine
 

@@ -46,7 +46,7 @@ from conf.schema import (
     SamplingConfig,
     require,
 )
-from launch.assembly.engine import prepare
+from launch.assembly.prepare import prepare
 from launch.command_line.outcome import refuse
 from launch.command_line.overrides import compose_program
 from launch.measure.copies import Copies

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from conf.schema import CudaGraphs, RunConfig
-from launch.assembly.engine import Prepared, make_hierarchy, make_session, memory_plan, memory_shortage_as_config_error
+from launch.assembly.engine import make_hierarchy, memory_plan, memory_shortage_as_config_error
+from launch.assembly.prepare import Prepared
 from launch.assembly.role_builder import RoleBuilder
-from orchestrator.hierarchy import Round
+from launch.assembly.task import Task
+from orchestrator.round import Round
 from workers.attention.forward_pass import NOBODY
 from workers.messages import Draft
 from workers.models.causal_model import CausalModel
@@ -66,7 +68,9 @@ class LevelsInTurns:
         max_new_tokens: int,
     ):
         config = replace(config, decoding=replace(config.decoding, cuda_graphs=CudaGraphs.on))
-        self.plan = memory_plan(config, prepared, len(prompt) + max_new_tokens, max_new_tokens)
+        seed = config.sampling.seed or 0
+        task = Task(config=config, prepared=prepared, prompt_ids=prompt, max_new_tokens=max_new_tokens, seed=seed)
+        self.plan = memory_plan(task)
         self._device = prepared.device
         self._warm: set[tuple[int, bool]] = set()
         with memory_shortage_as_config_error(config):
@@ -75,8 +79,7 @@ class LevelsInTurns:
             self.target = target or self._builder.load_target()
             self._verifier, self._target_model = self._builder.verifier(self.target)
             self._hierarchy = make_hierarchy(
-                config,
-                make_session(config, prepared, prompt, max_new_tokens),
+                task,
                 verifier=self._verifier,
                 retriever=self._builder.retriever(self.target),
                 drafter=self._builder.drafter(prepared.drafter, self.target.vocab_size),

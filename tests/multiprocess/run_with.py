@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 from launch import run
-from launch.processes import guard
+from launch.command_line.overrides import start_timeout_s
+from launch.processes.guard import Guard
 
 if __name__ == "__main__":
     fault, rank, *arguments = sys.argv[1:]
     if os.environ["RANK"] == rank:
         os.environ["TEST_FAULT"] = fault
-        guard.WORKER_PROGRAM = Path(__file__).with_name("faulty_worker.py")
+        sys.exit(Guard(start_timeout_s(arguments), worker_module="tests.multiprocess.faulty_worker").run())
     sys.exit(run.main(arguments))

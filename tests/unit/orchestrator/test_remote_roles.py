@@ -6,7 +6,8 @@ import pytest
 
 from conf.schema import PlacementKind
 from orchestrator import crew as crew_module
-from orchestrator.crew import GUARD, RunFailedError
+from orchestrator.calls import RunFailedError
+from orchestrator.members import GUARD
 from orchestrator.remote_roles import RemoteDrafter, RemoteRetriever, RemoteVerifier
 from tests.support.fake_crew import fake_crew
 from workers.messages import (

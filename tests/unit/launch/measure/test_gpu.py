@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.assembly import engine
+from launch.assembly.prepare import prepare
 from launch.measure import gpu as program
 from launch.measure.gpu import CELLS, decoding_rows, main
 from launch.measure.levels_in_turns import LevelsInTurns, Sample
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[4]
 def test_ways_in_turns_write_one_text_the_target_s_greedy_one(checkpoints, tier, rebuild):
     folder, drafter, prompt = checkpoints("llama"), checkpoints("llama", seed=3), random_prompt(150)
     config = tiny_run(folder, drafter, tier=tier, rebuild=rebuild)
-    levels = LevelsInTurns(config, engine.prepare(config), None, prompt, 250)
+    levels = LevelsInTurns(config, prepare(config), None, prompt, 250)
     levels.start()
     samples = []
     for _ in range(2):
@@ -38,7 +38,7 @@ def test_ways_in_turns_write_one_text_the_target_s_greedy_one(checkpoints, tier,
 
 def test_weights_that_are_loaded_are_used_again(checkpoints):
     config = tiny_run(checkpoints("llama"), checkpoints("llama", seed=3))
-    prepared = engine.prepare(config)
+    prepared = prepare(config)
     first = LevelsInTurns(config, prepared, None, random_prompt(60), 60)
     second = LevelsInTurns(config, prepared, first.target, random_prompt(60), 60)
     assert second.target is first.target

@@ -30,8 +30,10 @@ from conf.schema import (
     RunConfig,
     StreamingCacheConfig,
 )
-from launch.assembly.engine import build, prepare
+from launch.assembly.engine import build
+from launch.assembly.prepare import prepare
 from tests.support.tiny_models import random_prompt, save_checkpoint, tiny_config
+from tests.support.tiny_runs import task_for
 from tiers import pinned_host_tier
 from tiers.base import CacheShape
 from tiers.planning import memory
@@ -368,7 +370,7 @@ NOT_FROM_TIERS = ("target weights", "drafter weights", "activations", "workspace
 def test_planned_bytes_are_those_that_the_engine_takes(folders, name):
     config = run_config(folders, **CONFIGURATIONS[name])
     prepared = prepare(config)
-    with closing(build(config, prepared, random_prompt(600), max_new_tokens=150, seed=0)) as engine:
+    with closing(build(task_for(config, random_prompt(600), 150, prepared=prepared))) as engine:
         used = {tier.name: tier.used_bytes for tier in (engine._builder.tiers.device, engine._builder.tiers.host)}
         tier = config.cache.full.tier
         wants_host = tier in (FullCacheTier.host, FullCacheTier.disk) or config.cache.full.device_layers != "auto"
@@ -396,7 +398,7 @@ def test_a_plan_that_does_not_fit_is_refused_before_any_weight_is_read(folders, 
     config.placement.device_memory_gib = 1e-4
     monkeypatch.setattr("launch.assembly.role_builder.load_model", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(ConfigError, match=r"a context of 750 tokens needs 0\.\d+ GiB"):
-        build(config, prepare(config), random_prompt(600), max_new_tokens=150, seed=0)
+        build(task_for(config, random_prompt(600), 150))
 
 
 @pytest.mark.parametrize(
@@ -423,7 +425,7 @@ def test_memory_that_is_not_there_after_all_is_a_configuration_error(folders, mo
     monkeypatch.setattr(pinned_host_tier, "torch", SimpleNamespace(empty=no_memory))
     monkeypatch.setattr("os.posix_fallocate", no_disk)
     with pytest.raises(ConfigError) as caught:
-        build(config, prepared, random_prompt(600), max_new_tokens=150, seed=0)
+        build(task_for(config, random_prompt(600), 150, prepared=prepared))
     assert all(word in str(caught.value) for word in [*words, "prompt.max_tokens"])
 
 
