@@ -27,7 +27,7 @@ from launch.command_line.outcome import ExitCode, fail, refuse
 from launch.command_line.overrides import CONFIG_FOLDER, read_config
 from launch.command_line.program import program
 from launch.processes.guard import Guard
-from launch.prompts.prompt import read_prompt, workload_of
+from launch.prompts.prompt import read_prompt, read_workload
 from orchestrator.display import Display
 from orchestrator.hierarchy import Round
 from orchestrator.metrics import Metrics
@@ -90,7 +90,7 @@ class Job:
         prepared.on_locked = self.display.locking
         self.phase = "prompt"
         self.prompt_ids = read_prompt(self.config.prompt, prepared.tokenizer, at_most=4 * prepared.max_positions)
-        self.expected_answers = list(workload_of(self.config.prompt).answers)
+        self.expected_answers = list(read_workload(self.config.prompt).answers)
         max_new_tokens = fit_to_model(self.config, len(self.prompt_ids), prepared.max_positions, self.display.note)
         self.phase = "load"
         what = (self.config, prepared, self.prompt_ids, max_new_tokens, self.seed)
