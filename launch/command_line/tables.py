@@ -21,7 +21,7 @@ def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def markdown_head(heads: Sequence[str]) -> str:
     """The two lines above the rows: what the columns are called, and the rule."""
-    return f"{markdown_row(heads)}\n|{'---|' * len(heads)}"
+    return f"{markdown_row(heads)}\n{markdown_row(['---'] * len(heads))}"
 
 
 def markdown_row(cells: Iterable[str]) -> str:

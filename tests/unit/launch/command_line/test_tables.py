@@ -8,7 +8,7 @@ from launch.command_line.tables import markdown_table, shown, write_atomically, 
 
 
 def test_a_markdown_table_has_a_head_a_rule_and_a_line_for_each_row():
-    assert markdown_table(["a", "b"], [["1", "2"], ["3", ""]]) == "| a | b |\n|---|---|\n| 1 | 2 |\n| 3 |  |\n"
+    assert markdown_table(["a", "b"], [["1", "2"], ["3", ""]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n| 3 |  |\n"
 
 
 def test_a_number_is_shown_in_its_form_and_what_is_missing_as_wished():
