@@ -49,10 +49,10 @@ from conf.schema import (
 from launch.assembly.engine import prepare
 from launch.command_line.outcome import refuse
 from launch.command_line.overrides import compose_program
+from launch.demo_pair.checkpoint import Fill, WidenConfig, Widened, widen
 from launch.measure.copies import Copies
 from launch.measure.levels_in_turns import LevelsInTurns, Sample
 from launch.prompts.prompt import read_prompt
-from launch.widen import Fill, WidenConfig, Widened, widen
 from orchestrator.run_files import versions
 from tiers.base import Segment
 from tiers.pinned_host_tier import can_pin
