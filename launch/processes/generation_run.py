@@ -14,7 +14,7 @@ from launch.assembly.start_checks import world_size
 from launch.assembly.task import Task
 from launch.command_line.interruption import Interruption
 from launch.command_line.outcome import ExitCode
-from launch.prompts.prompt import read_prompt, workload_of
+from launch.prompts.prompt import read_prompt, read_workload
 from orchestrator.display import Display
 from orchestrator.metrics import Metrics
 from orchestrator.placement import place
@@ -79,7 +79,7 @@ class GenerationRun:
         prepared.on_locked = self.display.locking
         self.phase = "prompt"
         self.prompt_ids = read_prompt(self.config.prompt, prepared.tokenizer, at_most=4 * prepared.max_positions)
-        self.expected_answers = list(workload_of(self.config.prompt).answers)
+        self.expected_answers = list(read_workload(self.config.prompt).answers)
         max_new_tokens = fit_to_model(self.config, len(self.prompt_ids), prepared.max_positions, self.display.note)
         self.phase = "load"
         task = Task(
