@@ -288,7 +288,7 @@ class _Forked:
         start_new_session: bool,
     ):
         self.returncode: int | None = None
-        is_guard = Path(command[-1]).name == "guard.py"
+        is_guard = command[-1].removesuffix(".py").endswith("guard")  # a file, or a module by -m
         life = None if is_guard else next(lives)
 
         def act() -> int:

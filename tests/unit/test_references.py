@@ -17,7 +17,7 @@ from tests.unit.test_readme import keys_of
 DOCUMENTS = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "assets/demo/README.md", *(ROOT / "docs").glob("*.md")]
 )
-CONFIGURATIONS = sorted((ROOT / "conf").rglob("*.yaml"))
+CONFIGURATIONS = [*sorted((ROOT / "conf").rglob("*.yaml")), ROOT / ".pre-commit-config.yaml", ROOT / "pyproject.toml"]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 KEYS = keys_of(RunConfig()) | keys_of(PlanConfig())
 
