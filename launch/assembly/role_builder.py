@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,25 +23,26 @@ from tiers.planning.sizes import TierName
 from tiers.quantised_retrieval_cache import QuantisedRetrievalCache
 from tiers.retrieval.rule import Pool, not_pooled
 from tiers.retrieval.selection import RetrievalSelection
-from tiers.retrieval_cache import RetrievalCache
+from tiers.retrieval_cache import RetrievalCache, RetrievalUpdate
 from tiers.streaming_llm_cache import StreamingLLMCache
 from tiers.transfer import Link
 from workers.acceptance import GumbelCoupling, KeyedRandom, MaximalCoupling, make_coupling
 from workers.drafter import Drafter
 from workers.lookup_drafter import LookupDrafter
-from workers.models.causal_model import CausalModel
+from workers.models.causal_model import CausalModel, DraftingModel
 from workers.models.cuda_graphs import CudaRecorder, RecordedModel, Recorder, run_anew
 from workers.models.facts import ModelFacts
 from workers.models.loading import load_model
-from workers.models.retrieval_model import RetrievalModel
+from workers.models.retrieval_model import RetrievalKVCache, RetrievalModel
 from workers.models.shared_weights import load_shared_model
 from workers.models.streaming_model import StreamingModel
 from workers.models.target_model import TargetModel
 from workers.parallel.shard import WHOLE
 from workers.parallel.tensor_parallel import AllReduce
-from workers.retrieval_drafter import RetrievalDrafter
+from workers.retrieval_drafter import RetrievalCachedModel, RetrievalDrafter
 from workers.target_verifier import TargetVerifier
 
+UpdateT = TypeVar("UpdateT")
 LEVEL_DRAFTER, LEVEL_RETRIEVAL, LEVEL_TARGET = 1, 2, 3
 DraftCache = StreamingLLMCache | RetrievalCache | QuantisedRetrievalCache
 
@@ -153,10 +154,20 @@ class RoleBuilder:
         )
         return TargetVerifier(model, self._coupling(LEVEL_TARGET)), model
 
-    def retriever(
-        self, target: CausalModel, tier: Tier | None = None, make_model: type[RetrievalModel] = RetrievalModel
-    ) -> RetrievalDrafter:
-        """The role that drafts by retrieval; its cache is in `tier`, on the device if None."""
+    def retriever(self, target: CausalModel) -> RetrievalDrafter[RetrievalUpdate]:
+        """The role that drafts by retrieval beside its verifier, which hands it the updates themselves."""
+        return self.retriever_with(RetrievalModel, target)
+
+    def retriever_with(
+        self,
+        make_model: Callable[[DraftingModel, RetrievalKVCache], RetrievalCachedModel[UpdateT]],
+        target: CausalModel,
+        tier: Tier | None = None,
+    ) -> RetrievalDrafter[UpdateT]:
+        """The role that drafts by retrieval on `make_model(model, cache)`; the cache is in `tier`, or on the device.
+
+        The kind of model says how updates come: see workers.models.retrieval_model.
+        """
         cache = self.retrieval_cache(self.tiers.device if tier is None else tier)
         coupling, facts = self._coupling(LEVEL_RETRIEVAL), self.target_facts
         model = make_model(self._recorded(facts, target, cache), cache)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from workers.models.causal_model import CausalModel
 
 from conf.schema import (
     CacheConfig,
@@ -23,6 +22,7 @@ from conf.schema import (
 )
 from launch.demo_pair.checkpoint import Fill, WidenConfig, Widened, widen
 from launch.measure.gpu_config import MeasureGpuConfig
+from workers.models.causal_model import CausalModel
 
 MAX_POSITIONS = 131_072
 """Positions of the target in all parts, whatever their context: so it is loaded once."""

@@ -32,6 +32,7 @@ from orchestrator.placement import DRAFTER_ROLE, RETRIEVER_ROLE, VERIFIER_ROLE
 from tiers.planning.memory import device_free_bytes, disk_free_bytes, host_free_bytes
 from tiers.planning.parts import RETRIEVAL_PARTS
 from tiers.shared_memory import AttachedPart, SharedArena
+from workers.messages import UpdateNotice
 from workers.models.causal_model import CausalModel
 from workers.models.facts import describe
 from workers.models.retrieval_model import ReceivingRetrievalModel, SharedRetrievalModel
@@ -179,15 +180,15 @@ class AssignedRoles:
             start_timeout_seconds=self._assignment.start_timeout_s,
         )
 
-    def _make_retriever(self, target: CausalModel, path: SameProcess | None) -> RetrievalDrafter:
-        builder = self._builder
-        if path is not None or self._assignment.update_path == UpdatePath.carried:
+    def _make_retriever(self, target: CausalModel, path: SameProcess | None) -> RetrievalDrafter[list[UpdateNotice]]:
+        """The retriever, which is told of updates by notices, whichever way they come."""
+        if path is not None or self._assignment.update_path is UpdatePath.carried:
             make_model = partial(ReceivingRetrievalModel, receiver=path or Carried())
-            return builder.retriever(target, make_model=make_model)
+            return self._builder.retriever_with(make_model, target)
         planned = self._assignment.plan.device_bytes
         self._arena = SharedArena(sum(planned[name] for name in RETRIEVAL_PARTS if name in planned), self.device)
-        retriever = builder.retriever(target, self._arena, SharedRetrievalModel)
-        self.shared[RETRIEVAL_CACHE] = self._arena.description()
+        retriever = self._builder.retriever_with(SharedRetrievalModel, target, self._arena)
+        self.shared[RETRIEVAL_CACHE] = self._arena.description()  # of what lies in it by now
         return retriever
 
     def _heads(self) -> Heads:

@@ -1,6 +1,7 @@
-"""A program for torchrun: rank 0 has the same processes make one run after another, since starting them takes longest.
+"""A program for each rank: rank 0 has the same processes make one run after another, since starting them takes longest.
 
-`many_runs.py FOLDER KIND`: reads FOLDER/cases.json, writes FOLDER/results.json. See tests.multiprocess.torchrun.
+It reads FOLDER/cases.json and writes FOLDER/results.json: see `run_many` of tests.multiprocess.forked_runs. By hand:
+`torchrun --nproc-per-node=5 tests/multiprocess/many_runs.py FOLDER pipeline`.
 """
 
 from __future__ import annotations
