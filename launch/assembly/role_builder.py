@@ -12,9 +12,13 @@ import torch
 from conf.schema import CudaGraphs, Overlap, RunConfig
 from launch.assembly.sizing import PIECE_TOKENS, retrieval_tail_tokens, streaming_slack
 from tiers.base import BlockShape, CacheShape, Tier
+from tiers.block_layer import BlockLayer
+from tiers.block_writer import BlockWriter
+from tiers.device_layer import DeviceLayer
 from tiers.device_tier import DeviceTier
 from tiers.disk_tier import DiskTier, best_num_readers
-from tiers.full_cache import BlockLayer, DeviceLayer, FullCache
+from tiers.full_cache import FullCache
+from tiers.link import Link
 from tiers.pinned_host_tier import PinnedHostTier, can_pin
 from tiers.planning.numa import bind_to_node_of
 from tiers.planning.plan import MemoryPlan
@@ -24,7 +28,7 @@ from tiers.retrieval.rule import Pool, not_pooled, rule_class
 from tiers.retrieval.selection import RetrievalSelection
 from tiers.retrieval_cache import RetrievalCache
 from tiers.streaming_llm_cache import StreamingLLMCache
-from tiers.transfer import BlockWriter, Link, make_streamer
+from tiers.transfer import make_streamer
 from workers.acceptance import KeyedRandom, make_coupling
 from workers.drafter import Drafter
 from workers.lookup_drafter import LookupDrafter
