@@ -48,8 +48,10 @@ class ModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PromptConfig:
-    """What is read: a file, a text, an item of a data set, or (none of them) the source of Python's standard library;
-    and what is asked of it."""
+    """The document that is read, and the task that is set about it.
+
+    It is a file, a text, an item of a data set, or (none of them) the source of Python's standard library.
+    """
 
     path: str | None = None
     """A UTF-8 text file; with `dataset`, the folder that has it."""
@@ -105,7 +107,7 @@ class DecodingConfig:
     gamma2: int | str = 8
     """Tokens proposed per verification, at least; 0 is autoregressive decoding; auto: chosen likewise, 0 among them."""
     overlap: Overlap = Overlap.off
-    """What is drafted while the target verifies: off: nothing; ahead: what follows if the whole block is accepted;
+    """Drafting while the target verifies: off: nothing; ahead: what follows if the whole block is accepted;
     outcomes: what follows each likely outcome, best with sampling.coupling=gumbel."""
     cuda_graphs: CudaGraphs = CudaGraphs.auto
     """Record forward passes of drafter and retrieval draft as CUDA graphs, which saves launching their kernels one by
@@ -129,7 +131,7 @@ class DecodingConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SamplingConfig:
-    """How the target samples; every level samples alike."""
+    """Sampling of the target; every level samples alike."""
 
     temperature: float = 0.6
     """0 is greedy."""
@@ -163,7 +165,7 @@ class SamplingConfig:
 
 @dataclass(kw_only=True, slots=True)
 class GenerationConfig:
-    """How much is generated."""
+    """Length of what is generated."""
 
     max_new_tokens: int = 256
     """Tokens; fewer if the end of sequence, a stop string or the model's last position comes first."""

@@ -1,4 +1,4 @@
-"""Where a model's name leads: a local folder or the hub. Standard library only."""
+"""Source of a model by its name: a local folder or the hub. Standard library only."""
 
 from pathlib import Path
 

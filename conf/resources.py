@@ -154,7 +154,7 @@ class TiersConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PlacementConfig:
-    """Which process plays which role on which device."""
+    """Spread of the roles over processes and devices."""
 
     kind: PlacementKind = PlacementKind.auto
     """inline: all roles in one process; colocated: one process for each GPU, all of them verifying and retrieving as
@@ -168,7 +168,7 @@ class PlacementConfig:
     """auto: CUDA where there is a device, else cpu. A run in one process may also be told cuda:N; several processes
     spread over the devices of their node, the ranks of a verifier each on one of its own."""
     threads: str = AUTO
-    """Threads of a process on a CPU: an integer, or auto: OMP_NUM_THREADS if set by the user, else as many as cores idle.
+    """Threads of a CPU process: an integer, or auto: OMP_NUM_THREADS where it is set, else as many as cores are idle.
     In one process a verification and what is drafted beside it (decoding.overlap) share them."""
     device_memory_gib: float | None = None
     """GiB of the device's memory to plan for; null: what is free."""

@@ -1,4 +1,4 @@
-"""What values of the configuration may be: words, limits, and the error that refuses others. Standard library only."""
+"""Legal values of the configuration: words, limits, and the error that refuses others. Standard library only."""
 
 from enum import StrEnum
 
@@ -25,7 +25,7 @@ class ConfigError(ValueError):
 
 
 class Mode(StrEnum):
-    """Which levels take part in decoding."""
+    """Levels that take part in decoding."""
 
     triforce = "triforce"
     retrieval = "retrieval"
@@ -34,14 +34,14 @@ class Mode(StrEnum):
 
 
 class Coupling(StrEnum):
-    """How the tokens of a draft are coupled to those of the model that verifies it."""
+    """Coupling of the tokens of a draft to those of the model that verifies it."""
 
     maximal = "maximal"
     gumbel = "gumbel"
 
 
 class Overlap(StrEnum):
-    """What is drafted while the target verifies."""
+    """Drafting while the target verifies."""
 
     off = "off"
     ahead = "ahead"
@@ -49,7 +49,7 @@ class Overlap(StrEnum):
 
 
 class CudaGraphs(StrEnum):
-    """Whether forward passes of the draft levels are recorded and replayed."""
+    """Recording and replay of the forward passes of the draft levels."""
 
     auto = "auto"
     on = "on"
@@ -73,7 +73,7 @@ class Dataset(StrEnum):
 
 
 class PromptTask(StrEnum):
-    """What is asked of the document."""
+    """Task that is set about the document."""
 
     continuation = "continuation"
     summary = "summary"
@@ -89,7 +89,7 @@ class RetrievalRuleName(StrEnum):
 
 
 class ChunkDtype(StrEnum):
-    """How the chosen chunks of the retrieval cache are stored; `auto` is as the model has them."""
+    """Number format of the chosen chunks of the retrieval cache; `auto` is as the model has them."""
 
     auto = "auto"
     int8 = "int8"
@@ -102,7 +102,7 @@ class ChunkDtype(StrEnum):
 
 
 class FullCacheTier(StrEnum):
-    """Where the full cache lives."""
+    """Tier in which the full cache lives."""
 
     auto = "auto"
     device = "device"
@@ -111,7 +111,7 @@ class FullCacheTier(StrEnum):
 
 
 class PlacementKind(StrEnum):
-    """How roles are spread over processes."""
+    """Spread of the roles over processes."""
 
     auto = "auto"
     inline = "inline"

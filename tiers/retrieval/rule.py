@@ -1,8 +1,8 @@
 """Which chunks of the context matter to the next tokens: what a rule that scores them must and may do.
 
 To add a rule `nearest`: write tiers/retrieval/nearest_rule.py with a class NearestRule(RetrievalRule), and add the
-member `nearest` to conf.schema.RetrievalRuleName. Nothing else names the rules: `rule_class` finds them, the memory
-plan asks their `planned_bytes`, and tests/unit/tiers/retrieval/test_rule.py holds each of them to this contract.
+member `nearest` to RetrievalRuleName in conf/values.py. Nothing else must name it: `rule_class` finds it, the memory
+plan asks its `planned_bytes`, and tests/unit/tiers/retrieval/test_rule.py holds it to this contract.
 
 Shape letters as in tiers.base. A chunk is `chunk_size` consecutive tokens; every kv head of every layer chooses for
 itself.
@@ -63,7 +63,7 @@ class RetrievalRule(ABC):
 
     @property
     def mass_observer(self) -> MassObserver | None:
-        """What a verification tells its attention to; None where the rule has no use for that, which takes time."""
+        """Receiver of the attention of verifications; None where the rule has no use for it, since it takes time."""
         return None
 
     @abstractmethod

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from conf.schema import ConfigError
+from tiers.device_layer import DeviceLayer
 from tiers.device_tier import DeviceTier
-from tiers.full_cache import DeviceLayer, FullCache
+from tiers.full_cache import FullCache
 from workers.models.causal_model import CausalModel
 from workers.models.facts import ModelFacts
 from workers.models.sharded_weights import fill, weight_files
