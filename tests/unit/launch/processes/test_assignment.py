@@ -16,17 +16,20 @@ from launch.processes.assignment import Assignment, make_assignments
 from launch.processes.sites import RankSites
 from orchestrator.placement import DRAFTER_ROLE, RETRIEVER_ROLE, VERIFIER_ROLE, Seat, place
 from tiers.planning.plan import MemoryPlan
+from tiers.planning.sizes import Sizes
 from workers.process.update_path import UpdatePath
 
-PLAN = MemoryPlan(
+SIZES = Sizes(
     max_tokens=64,
     slack_tokens=8,
-    block_tokens=16,
+    piece_tokens=32,
     num_device_layers=2,
     num_host_layers=0,
     num_disk_layers=0,
+    block_tokens=16,
     stream_buffers=2,
 )
+PLAN = MemoryPlan(sizes=SIZES)
 STORE = ("127.0.0.1", 1)
 
 
