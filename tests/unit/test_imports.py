@@ -30,6 +30,7 @@ THIRD_PARTY_FENCES = {
         "workers/models/rotary.py",
         "workers/models/sharded_weights.py",
         "launch/train_demo.py",
+        "launch/analysis/needle_prompt.py",
         "launch/benchmark/gguf_export.py",
         "launch/benchmark/shared_models.py",
         "launch/benchmark/transformers_peers.py",
