@@ -42,6 +42,7 @@ class Recovery:
             self._add((draft.name, draft.budget), layer, share)
 
     def _add(self, key: tuple[str, int], layer: int, share: torch.Tensor) -> None:
+        """Notes the shares [H] of one token in one layer for the cache (name, budget)."""
         self._shares.setdefault(key, {}).setdefault(layer, []).append(share.cpu())
 
     def shares(self) -> dict[tuple[str, int], torch.Tensor]:

@@ -38,7 +38,7 @@ class NeedleConfig:
 
 @dataclass(kw_only=True, slots=True)
 class AnalyzeConfig:
-    """What is measured, on what."""
+    """Measurements, and the model and documents that they are made on."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """Only the target takes part."""

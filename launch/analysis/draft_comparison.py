@@ -56,7 +56,7 @@ class DraftCache:
 
 @dataclass(kw_only=True, slots=True)
 class ComparisonConfig:
-    """How the target goes on, and how often drafts are refreshed."""
+    """Settings of a comparison: how the target goes on, and how often drafts are refreshed."""
 
     capacity: int
     """Tokens of prompt and continuation."""
@@ -210,6 +210,7 @@ class DraftComparison:
         self._forget_foreseen()
 
     def _forget_foreseen(self) -> None:
+        """Empties the rules that foresee, which learn from one round alone."""
         for name in FORESEEING:
             if name in self._rules:
                 self._rules[name].reset()
@@ -235,6 +236,7 @@ class DraftComparison:
         self._forget_foreseen()
 
     def _append_hearing(self, listen: MassObserver, tokens: list[int]) -> None:
+        """Has the target read tokens, their attention going to `listen` instead of rules and watchers."""
         self._listen = listen
         self._target.append(tokens, 1)
         self._listen = self._hear_token
@@ -261,6 +263,7 @@ class DraftComparison:
         return max(16, min(PIECE_TOKENS, WATCHED_MAX_BYTES // row_bytes))
 
     def _probs(self, logits: torch.Tensor) -> torch.Tensor:
+        """The distribution [V] that logits [V] stand for."""
         return distribution(logits[None], self._config.sampling)[0]
 
 

@@ -45,6 +45,7 @@ def draw_all(folder: Path, config: AnalyzeConfig, tables: Tables) -> list[Path]:
 
 
 def _save(folder: Path, name: str, figure: Figure) -> Path:
+    """Writes a figure as SVG and PNG; returns the PNG file."""
     for suffix in ("svg", "png"):
         figure.savefig(folder / f"{name}.{suffix}", dpi=150)
     plt.close(figure)
@@ -63,6 +64,7 @@ def _panels(rows: int, columns: int, **options: Any) -> tuple[Figure, np.ndarray
 
 
 def _legend(figure: Figure, axis: Axes) -> None:
+    """Puts the legend of one panel below all of them."""
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
 
 

@@ -18,7 +18,7 @@ SPARE_TOKENS = 8
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What asks for a fact: tokens read behind the text, and where the fact is in it."""
+    """A question for a fact: tokens read behind the text, and where the fact is in it."""
 
     tokens: list[int]
     answer: list[int]
@@ -96,5 +96,5 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> tu
 
 
 def _num_ending_by(ends: list[int], at: int) -> int:
-    """How many of a text's tokens end at or before a character: the number of the one it is in."""
+    """Number of a text's tokens that end at or before a character: the index of the one it is in."""
     return sum(end <= at for end in ends)

@@ -72,6 +72,7 @@ class Observations:
         self._comparison = DraftComparison(model, prepared.target, tier, drafts_of(config), sizes)
 
     def _prompt(self, name: str, document: PromptConfig) -> list[int]:
+        """The tokens of a document. Raises ConfigError where it is too short."""
         with said_of_document(name):
             tokens = read_prompt(document, self.tokenizer)
         short = f"at most {len(tokens)}: documents.{name} has no more tokens"

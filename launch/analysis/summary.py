@@ -1,4 +1,4 @@
-"""What launch/analyze.py measured, as CSV files and as a summary for the terminal and for summary.md."""
+"""Results of launch/analyze.py: CSV files, and a summary for the terminal and for summary.md."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ LABELS = {
     "heavy_hitter": "heavy hitters (H2O)",
     "recent_window": "recent window (StreamingLLM)",
 }
-"""What each cache is called, in the order of tables and legends."""
+"""Names of the caches for people, in the order of tables and legends."""
 LABELS_ONCE = LABELS | {"top_k": "best tokens of one query"}
-"""What each cache is called where the choice is made once."""
+"""Names of the caches for people, where the choice is made once."""
 BIN_TOKENS = 16
 """Distances that are averaged together."""
 
 Rows = list[dict[str, Any]]
 Tables = dict[str, Rows]
-"""What was measured, by table: attention, locality, acceptance, needle."""
+"""Rows by the name of their table: attention, locality, acceptance, needle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +94,12 @@ def mean_of(rows: Iterable[dict[str, Any]], value: str, **wanted: Any) -> float 
 
 
 def _percent(value: float | None) -> str:
+    """A share in percent, or nothing."""
     return shown(None if value is None else 100 * value, ".1f")
 
 
 def _by_budget(title: str, config: AnalyzeConfig, rows: Rows, value: str) -> Summary:
+    """Means of a column by cache and budget."""
     lines = [
         [label, *(_percent(mean_of(rows, value, cache=cache, budget=budget)) for budget in config.budgets)]
         for cache, label in LABELS.items()
@@ -118,6 +120,7 @@ def mean_by_bin(config: AnalyzeConfig, rows: Rows, cache: str, value: str) -> li
 
 
 def _by_distance(config: AnalyzeConfig, rows: Rows) -> Summary:
+    """Means at a few distances from a choice, by cache."""
     every = bins(config)
     chosen = sorted({0, len(every) // 4, len(every) // 2, len(every) - 1})
     lines = []
@@ -135,6 +138,7 @@ def depths_of(rows: Rows) -> list[float]:
 
 
 def _by_depth(form: str, rows: Rows, budget: int) -> list[Summary]:
+    """Acceptance of the answers and attention in sight of the facts, by cache and depth, for one form of facts."""
     depths = depths_of(rows)
 
     def line(label: str, value: str, **wanted: Any) -> list[str]:

@@ -34,6 +34,8 @@ class ForwardClock(Stopwatch):
             model.forward = self._timed(model.forward)  # type: ignore[method-assign]  # of this object alone
 
     def _timed(self, forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """The same function, within the clock."""
+
         def timed(*args: Any, **kwargs: Any) -> torch.Tensor:
             with self:
                 return forward(*args, **kwargs)
@@ -41,7 +43,7 @@ class ForwardClock(Stopwatch):
         return timed
 
 
-@dataclass(kw_only=True)
+@dataclass
 class OurEngine:
     """One of our modes; see launch.benchmark.contender.Contender."""
 
@@ -56,7 +58,7 @@ class OurEngine:
         self._metrics = make_metrics(self.config)
 
     def needed_bytes(self) -> int:
-        """What its plan takes on the device; of host and device where both are one memory."""
+        """The bytes that its plan takes on the device; and on the host, too, where both are one memory."""
         cell, config = self.cell, with_known_budget(self.config, len(self.cell.prompt), [])
         inputs = plan_input_for(
             config,
@@ -77,6 +79,7 @@ class OurEngine:
 
     @property
     def _loaded(self) -> Engine:
+        """The engine, which `load` has made."""
         assert self._engine is not None, "a contender is loaded before it takes part"
         return self._engine
 
