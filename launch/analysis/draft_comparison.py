@@ -31,8 +31,10 @@ from tiers.retrieval.rule import MassObserver
 from tiers.retrieval.selection import RetrievalSelection
 from tiers.retrieval_cache import LayerUpdate
 from workers.acceptance import distribution
-from workers.models.cached_models import CausalModel, RetrievalModel, TargetModel
-from workers.models.pretrained import ModelFacts
+from workers.models.causal_model import CausalModel
+from workers.models.facts import ModelFacts
+from workers.models.retrieval_model import RetrievalModel
+from workers.models.target_model import TargetModel
 
 WATCHED_MAX_BYTES = 256 << 20
 """Attention weights at once, all heads over all keys, while a prompt is read."""
@@ -127,7 +129,7 @@ class DraftComparison:
             selection=RetrievalSelection(self._cache, ear, facts.windows, 0, 0.0, self._summary),
         )
         if self._heavy_hitter is not None:
-            self._target.observe_prompt_mass = self._hear_prompt
+            self._target.prompt_observers = replace(self._target.prompt_observers, on_mass=self._hear_prompt)
         self._queries: dict[int, list[torch.Tensor]] = {}
         self._num_read = 0
         self.watchers: list[MassObserver] = []

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from conf.schema import RunConfig
-from launch.assembly.engine import Prepared
+from launch.assembly.prepare import Prepared
 
 WORKSPACE_BYTES = 256 << 20
 """Memory of a running contender beside its weights and caches, which no plan counts."""

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 
 from conf.schema import RunConfig
-from launch.assembly.engine import Engine, build, plan_input_for, prepare, with_known_budget
+from launch.assembly.engine import LocalEngine, build, plan_input_for
+from launch.assembly.prepare import Prepared, prepare
 from launch.assembly.session_run import make_metrics, take_round
-from launch.assembly.sizing import FreeBytes
+from launch.assembly.sizing import FreeBytes, with_known_budget
+from launch.assembly.task import Task
 from launch.benchmark.contender import WORKSPACE_BYTES, Cell, Turn
 from launch.command_line.timing import Stopwatch
 from orchestrator.metrics import Metrics
 from tiers.planning.plan import make_plan
-from workers.models.cached_models import CausalModel
+from workers.models.causal_model import CausalModel
 
 BOUNDLESS = FreeBytes(device=1 << 60, host=1 << 60, disk=1 << 60, device_is_host=True)
 
@@ -49,7 +51,7 @@ class OurEngine:
 
     cell: Cell
     config: RunConfig
-    _engine: Engine | None = None
+    _engine: LocalEngine | None = None
     _clock: ForwardClock | None = None
     _wanted_tokens: int = 0
     _metrics: Metrics = field(init=False)
@@ -60,25 +62,30 @@ class OurEngine:
     def needed_bytes(self) -> int:
         """The bytes that its plan takes on the device; and on the host, too, where both are one memory."""
         cell, config = self.cell, with_known_budget(self.config, len(self.cell.prompt), [])
-        inputs = plan_input_for(
-            config,
-            cell.prepared if config.uses_drafter else replace(cell.prepared, drafter=None),
-            max_tokens=cell.num_positions,
-            max_new_tokens=cell.num_new_tokens,
-            free=BOUNDLESS,
-        )
-        planned = make_plan(inputs, config.cache).totals
+        prepared = cell.prepared if config.uses_drafter else replace(cell.prepared, drafter=None)
+        planned = make_plan(plan_input_for(self._task(config, prepared), BOUNDLESS), config.cache).totals
         return planned["device"] + (planned["host"] if cell.prepared.device.type == "cpu" else 0) + WORKSPACE_BYTES
 
     def load(self) -> None:
         """Plans the memory, and makes weights and caches. Raises ConfigError."""
         cell = self.cell
-        self._engine = build(self.config, prepare(self.config), cell.prompt, cell.num_new_tokens, cell.seed)
+        self._engine = build(self._task(self.config, prepare(self.config)))
         if cell.prepared.device.type == "cpu" and not self.config.overlaps:
             self._clock = ForwardClock(self._engine.models)
 
+    def _task(self, config: RunConfig, prepared: Prepared) -> Task:
+        """The cell's task for a run of ours."""
+        cell = self.cell
+        return Task(
+            config=config,
+            prepared=prepared,
+            prompt_ids=cell.prompt,
+            max_new_tokens=cell.num_new_tokens,
+            seed=cell.seed,
+        )
+
     @property
-    def _loaded(self) -> Engine:
+    def _loaded(self) -> LocalEngine:
         """The engine, which `load` has made."""
         assert self._engine is not None, "a contender is loaded before it takes part"
         return self._engine

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from conf.schema import ConfigError, DecodingConfig, FullCacheTier, RunConfig, to_plain
-from launch.assembly.engine import prepare
+from launch.assembly.prepare import prepare
 from launch.assembly.session_run import make_seed
 from launch.benchmark.config import BenchConfig, most_per_round
 from launch.benchmark.contender import Cell, Contender, NotHereError

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from conf.schema import ConfigError, FullCacheTier, RunConfig
 from launch import bench
-from launch.assembly.engine import prepare
+from launch.assembly.prepare import prepare
 from launch.benchmark.config import GridConfig, PeerSettings, contender_config, read_bench_config
 from launch.benchmark.contender import Cell, Turn
 from launch.benchmark.our_engine import OurEngine
