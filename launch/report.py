@@ -39,6 +39,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """The options; --help is this module's own words."""
     assert __doc__ is not None
     summary, _, rest = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(

@@ -22,7 +22,7 @@ class NotHereError(Exception):
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Cell:
-    """What all contenders of one comparison have in common."""
+    """A task of one comparison: everything that its contenders have in common."""
 
     config: RunConfig
     """The run of our engine; each of our contenders changes some of it."""
@@ -46,7 +46,7 @@ class Cell:
 
 @dataclass(kw_only=True, slots=True)
 class Turn:
-    """What one turn of a contender brought: `num_timed` of its tokens took `seconds`."""
+    """New tokens of one turn of a contender: `num_timed` of them took `seconds`."""
 
     tokens: list[int]
     num_timed: int
@@ -72,7 +72,7 @@ class Contender(Protocol):
         """The warm-up is over: `facts` are of what comes now."""
 
     def facts(self) -> dict[str, Any]:
-        """What else there is to tell of the tokens since `begin_counting`; JSON types."""
+        """Everything else there is to tell of the tokens since `begin_counting`; JSON types."""
 
     def close(self) -> None:
         """Gives the memory back."""

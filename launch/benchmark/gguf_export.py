@@ -100,6 +100,7 @@ def interleaved(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 def _add_rope(writer: Any, gguf: Any, config: LlamaConfig) -> None:
+    """Writes the rotary embedding. Raises ConfigError for one that llama.cpp does not have."""
     rope: dict[str, Any] = {**(config.rope_parameters or {})}
     kind = rope.get("rope_type", "default")
     writer.add_rope_dimension_count(config.head_dim)
@@ -117,6 +118,7 @@ def _add_rope(writer: Any, gguf: Any, config: LlamaConfig) -> None:
 
 
 def _add_tokenizer(writer: Any, gguf: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Writes the tokenizer, or that there is none, where llama.cpp would split text in another way."""
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     split = _split_name(described)
     if split is None:

@@ -36,6 +36,8 @@ class ForwardClock(Stopwatch):
             model.forward = self._timed(model.forward)  # type: ignore[method-assign]  # of this object alone
 
     def _timed(self, forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """The same function, within the clock."""
+
         def timed(*args: Any, **kwargs: Any) -> torch.Tensor:
             with self:
                 return forward(*args, **kwargs)
@@ -43,7 +45,7 @@ class ForwardClock(Stopwatch):
         return timed
 
 
-@dataclass(kw_only=True)
+@dataclass
 class OurEngine:
     """One of our modes; see launch.benchmark.contender.Contender."""
 
@@ -58,7 +60,7 @@ class OurEngine:
         self._metrics = make_metrics(self.config)
 
     def needed_bytes(self) -> int:
-        """What its plan takes on the device; of host and device where both are one memory."""
+        """The bytes that its plan takes on the device; and on the host, too, where both are one memory."""
         cell, config = self.cell, with_known_budget(self.config, len(self.cell.prompt), [])
         prepared = cell.prepared if config.uses_drafter else replace(cell.prepared, drafter=None)
         planned = make_plan(plan_input_for(self._task(config, prepared), BOUNDLESS), config.cache).totals
@@ -72,6 +74,7 @@ class OurEngine:
             self._clock = ForwardClock(self._engine.models)
 
     def _task(self, config: RunConfig, prepared: Prepared) -> Task:
+        """The cell's task for a run of ours."""
         cell = self.cell
         return Task(
             config=config,
@@ -83,6 +86,7 @@ class OurEngine:
 
     @property
     def _loaded(self) -> LocalEngine:
+        """The engine, which `load` has made."""
         assert self._engine is not None, "a contender is loaded before it takes part"
         return self._engine
 

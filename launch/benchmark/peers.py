@@ -1,4 +1,4 @@
-"""What a user would run instead, as contenders of launch/bench.py: transformers' generate, and llama.cpp.
+"""Programs that a user would run instead, as contenders of launch/bench.py: transformers' generate, and llama.cpp.
 
 Time between tokens is that of a turn over the tokens that came in it, the prompt being read before the first turn:
 - transformers, one token at a time: generate goes on, in each turn, with the text so far and its cache; the first token
@@ -29,10 +29,12 @@ from launch.benchmark.transformers_peers import (
 
 
 def _assisted(shared: SharedModels) -> dict[str, Any]:
+    """Arguments of generate for assisted generation."""
     return {"assistant_model": shared.assistant}
 
 
 def _lookup(shared: SharedModels) -> dict[str, Any]:
+    """Arguments of generate for prompt lookup."""
     return {"prompt_lookup_num_tokens": shared.settings.prompt_lookup_num_tokens}
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from conf.schema import ConfigError, DecodingConfig, FullCacheTier, RunConfig, to_plain
@@ -49,7 +50,7 @@ class Entry:
 
     @property
     def runs(self) -> bool:
-        """It has been neither skipped nor failed so far."""
+        """Whether it has been neither skipped nor failed so far."""
         return self.row.status is Status.ok
 
 
@@ -62,8 +63,12 @@ class SideBySide:
     console: Console
     argv: list[str]
     """The command line, for the record."""
+    make_ours: Callable[[Cell, RunConfig], Contender] = OurEngine
+    """A contender of a mode of ours; tests give another."""
+    free_bytes: Callable[[torch.device], int] = device_free_bytes
+    """Memory that contenders of a cell may take."""
     cells: list[dict[str, Any]] = field(default_factory=list)
-    """What was measured, as bench.json has it."""
+    """Cells as bench.json has them, with what was measured so far."""
     num_failed: int = 0
 
     def __post_init__(self) -> None:
@@ -98,12 +103,14 @@ class SideBySide:
         return self.num_failed
 
     def _write(self) -> None:
+        """Writes all that was measured so far."""
         write_json(self.folder / JSON_FILE, self._record)
         write_grid_csv(self.folder / CSV_FILE, self.cells)
 
     # ---- One cell. ----
 
     def _cell(self, context: int, tier: FullCacheTier, link: float | None) -> None:
+        """Measures one cell, and shows and records it, whatever happens."""
         cache = replace(self._base.cache, full=replace(self._base.cache.full, tier=tier))
         link_config = replace(self._base.tiers.link, gb_per_s=link or self._base.tiers.link.gb_per_s)
         config = replace(self._base, cache=cache, tiers=replace(self._base.tiers, link=link_config))
@@ -161,7 +168,7 @@ class SideBySide:
         entries = []
         for name, config in self.config.runs_of_ours(cell.config).items():
             row = ContenderRow(name=name, settings=self.config.contenders[name])
-            entries.append(Entry(row=row, contender=OurEngine(cell=cell, config=config)))
+            entries.append(Entry(row=row, contender=self.make_ours(cell, config)))
         keeps_on_device = tier in (FullCacheTier.device, FullCacheTier.auto)
         for name in self.config.peers:
             fits_tier = tier is FullCacheTier.host if name == OFFLOADED_PEER else keeps_on_device
@@ -172,7 +179,7 @@ class SideBySide:
 
     def _groups(self, entries: list[Entry], cell: Cell) -> Iterator[list[Entry]]:
         """Contenders that fit into memory together, in order; what does not fit alone is skipped."""
-        free = int((1 - KEPT_FREE) * device_free_bytes(cell.prepared.device))
+        free = int((1 - KEPT_FREE) * self.free_bytes(cell.prepared.device))
         group: list[Entry] = []
         for entry in entries:
             with self._guarded(entry):
@@ -215,6 +222,7 @@ class SideBySide:
             release_unused()
 
     def _start(self, entry: Entry) -> None:
+        """Loads a contender and has it read the prompt."""
         entry.contender.load()
         with Stopwatch() as watch:
             entry.row.token_ids += entry.contender.start()
@@ -222,6 +230,7 @@ class SideBySide:
         self.console.print(f"  {entry.row.name} has read the prompt: {entry.row.ttft_s:.1f} s", style="dim")
 
     def _take_turn(self, entry: Entry, count: int, *, is_warm_up: bool) -> None:
+        """One turn of a contender, whose time counts unless it is the warm-up."""
         turn = entry.contender.decode(count)
         entry.row.token_ids += turn.tokens
         if is_warm_up:

@@ -1,4 +1,4 @@
-"""What launch/bench.py measured: medians and spread, a table for the terminal, one CSV with all of it."""
+"""Results of launch/bench.py: medians and spread, a table for the terminal, one CSV with all of it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CELL_FIELDS = ("context", "prompt_tokens", "tier", "link_gb_per_s", "positions")
 
 
 class Status(StrEnum):
-    """What became of a contender."""
+    """Whether a contender was measured."""
 
     ok = "ok"
     skipped = "skipped"
@@ -49,7 +49,7 @@ class ContenderRow:
     """Time between tokens (TBT) of each repetition."""
     token_ids: list[int] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
-    """What else the contender tells; see Contender.facts."""
+    """Whatever else the contender tells; see Contender.facts."""
     ratio: float | None = None
     """The reference's median TBT over this one's: above 1 is faster."""
     first_difference: int | None = None
@@ -110,11 +110,11 @@ def make_table(title: str, rows: list[ContenderRow]) -> Table:
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(row.name, *cells(row), style=None if row.status is Status.ok else "dim")
+        table.add_row(row.name, *texts_of(row), style=None if row.status is Status.ok else "dim")
     return table
 
 
-def cells(row: ContenderRow) -> list[str]:
+def texts_of(row: ContenderRow) -> list[str]:
     """The texts behind a contender's name, one for each column of the table."""
     if row.status is not Status.ok or not row.samples_ms:
         return [row.status, *[""] * 7]

@@ -60,7 +60,7 @@ class GeneratePeer:
 
     @property
     def cell(self) -> Cell:
-        """What it has in common with the others."""
+        """The task, which all contenders share."""
         return self.shared.cell
 
     def needed_bytes(self) -> int:
@@ -93,6 +93,7 @@ class GeneratePeer:
         return self.decode(1).tokens
 
     def _read_prompt(self, tokens: list[int]) -> None:
+        """Fills the cache by one plain forward pass."""
         model, cache = self.shared.target, self._cache
         assert cache is not None, "a contender is loaded before it takes part"
         # Read into directly, a static cache would want a mask of prompt x positions.
@@ -230,7 +231,7 @@ class SpeculatingPeer(GeneratePeer):
     _error: BaseException | None = None
 
     def needed_bytes(self) -> int:
-        """What plain generation takes, and the assistant where there is one. Raises NotHereError."""
+        """The bytes of plain generation, and of the assistant where there is one. Raises NotHereError."""
         drafter, num_bytes = self.cell.prepared.drafter, super().needed_bytes()
         if not self.needs_drafter:
             return num_bytes
@@ -251,7 +252,7 @@ class SpeculatingPeer(GeneratePeer):
         return self.decode(1).tokens
 
     def _generate_all(self, num_threads: int) -> None:
-        """What the thread does, which has the number of threads of the one that made it."""
+        """Runs in the thread, with the number of threads of the one that made it."""
         try:
             torch.set_num_threads(num_threads)
             options = self.options(self.shared)

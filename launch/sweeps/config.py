@@ -42,7 +42,7 @@ class SweepConfig(RunConfig):
     resume: bool = True
     """Leave out jobs that have a complete result in the folder."""
     objective: str = "tbt_ms"
-    """For an optimising sweeper: the column of the table to minimise; with a minus (-tokens_per_s), to maximise."""
+    """Column of the table that an optimising sweeper minimises; with a minus (-tokens_per_s), maximises."""
     timeout_s: float | None = None
     """A job that takes longer is ended, and has failed; null: no limit."""
 
@@ -61,7 +61,7 @@ ConfigStore.instance().store(name="sweep_schema", node=SweepConfig)
 
 
 def refusal_of(cfg: DictConfig) -> ConfigError | None:
-    """Why this configuration cannot be run here; None: it can."""
+    """The reason why this configuration cannot be run here; None: it can."""
     try:
         config = OmegaConf.to_object(cfg)
         assert isinstance(config, SweepConfig)
@@ -73,7 +73,7 @@ def refusal_of(cfg: DictConfig) -> ConfigError | None:
 
 @dataclass(kw_only=True)
 class Sweep:
-    """What the command line asks for, checked."""
+    """A sweep that the command line asks for, checked."""
 
     arguments: list[str]
     """The command line for Hydra."""
@@ -82,7 +82,7 @@ class Sweep:
     grid: list[DictConfig] | None
     """The configuration of each job; None where a sweeper chooses as it goes."""
     num_jobs: int | None
-    """What Hydra calls jobs, as far as it is known."""
+    """Number of settings, which Hydra calls jobs; None where it is not known."""
     axes: list[str]
     """The keys that are swept."""
 

@@ -1,4 +1,4 @@
-"""What all figures of a report share: a look, a caption, and how they are written.
+"""A look, a caption and a way to be written that all figures of a report share.
 
 Colours are Okabe and Ito's and viridis, told apart with any colour vision and in grey; the same results give the same
 bytes.

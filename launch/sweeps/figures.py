@@ -99,6 +99,7 @@ def along(axis: str, results: Results) -> Drawing:
 
 
 def _number(value: object) -> float | None:
+    """A setting as a number; None where it is a text or nothing."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
@@ -144,7 +145,7 @@ def _draw_legends(figure: Figure, left: Axes, right: Axes, lines: Sequence[Serie
 
 
 def per_position(results: Results) -> Drawing:
-    """How often each position of a proposed block is accepted. Raises LeftOutError."""
+    """Acceptance at each position of a proposed block. Raises LeftOutError."""
     levels = [level for level in LEVEL_TITLES if any(p.per_position(level) for p in results.speculating)]
     if not levels:
         raise LeftOutError("no run proposed anything")
@@ -227,7 +228,7 @@ def round_parts(point: Point) -> dict[str, float]:
 
 
 def _num_per_round(point: Point, unit: str) -> float:
-    """How many of a unit, `token` or `round`, a mean round brings."""
+    """Number of tokens, or, if the unit is `round`, one: as many of them a mean round brings."""
     if unit == "round":
         return 1.0
     num_tokens = point.median("tokens_per_verification")

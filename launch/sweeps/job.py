@@ -78,7 +78,7 @@ class SweepJob:
     program: Path
     sweep_folder: Path
     overrides: tuple[str, ...]
-    """What differs from the defaults of a run."""
+    """The settings that differ from the defaults of a run."""
     settings: dict[str, Any]
     """All settings by their key, as the row has them."""
     processes: int
@@ -145,6 +145,7 @@ class SweepJob:
         return row | columns | self.settings
 
     def _refused(self) -> SweepRow:
+        """The row of a job that is not started."""
         return self.row(JobStatus.refused, exit_code=ExitCode.refused, message=str(self.refusal), seconds=0.0)
 
     def _started(self, timeout_s: float | None) -> SweepRow:
@@ -216,7 +217,7 @@ def _literal(value: Any) -> str:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Only one process at a time works on a job; the system frees the lock of one that dies."""
+    """Within it no other process works on the job; the system frees the lock of one that dies."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""What a report draws: the rows of a sweep as medians over repetitions and seeds, each with its speed-up."""
+"""Points of a report: the rows of a sweep as medians over repetitions and seeds, each with its speed-up."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def results_of(rows: list[SweepRow]) -> Results:
 
 
 def _identity(settings: dict[str, Any]) -> Identity:
-    """What tells these settings from others; those that have no part in a run do not."""
+    """Settings in a form that can be hashed, without those that have no part in a run."""
     return tuple(sorted((key, repr(value)) for key, value in settings.items() if value is not None))
 
 
@@ -226,6 +226,7 @@ def differing(axes: Sequence[str], points: Iterable[Point]) -> list[str]:
 
 
 def _values(axis: str, points: Iterable[Point]) -> set[str]:
+    """The values of a setting, as texts."""
     return {repr(point.settings.get(axis)) for point in points}
 
 

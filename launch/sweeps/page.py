@@ -83,7 +83,7 @@ def markdown(results: Results, pictures: Sequence[tuple[str, str]], left_out: Se
 
 
 def conditions_of(results: Results) -> str:
-    """What all runs share, in one line."""
+    """The settings, versions and machines that all runs share, in one line."""
     common, rows = results.common, [row for point in results.points for row in point.rows]
     parts = [f"{key}={common[key]}" for key in SHOWN_CONDITIONS if key in common]
     hosts = sorted({row["host"] for row in rows if row.get("host")})

@@ -100,7 +100,7 @@ class SweepProgress:
             self._live.update(Text(self.status()), refresh=True)
 
     def status(self) -> str:
-        """What is done, failed and left, and how long it will take, in one line."""
+        """One line: how many jobs are done, failed and left, and how long they will take."""
         num_done = sum(row["status"] == JobStatus.done for row in self._new.values())
         earlier = f" ({self._num_taken_up} of them before)" if self._num_taken_up else ""
         parts = [f"{num_done} done{earlier}", f"{len(self._new) - num_done} failed"]
@@ -137,6 +137,7 @@ class SweepProgress:
         return {path.parent.name: path.stat().st_mtime_ns for path in (self._folder / JOBS).glob(f"*/{name}")}
 
     def _watch(self) -> None:
+        """Looks again and again, in a thread, until the sweep is over."""
         while not self._is_over.wait(SECONDS_BETWEEN_LOOKS):
             self.look()
 

@@ -23,7 +23,7 @@ JOBS, ROW, TABLE = "jobs", "row.json", "table"
 
 
 class JobStatus(StrEnum):
-    """What became of a job."""
+    """Whether a job has a result."""
 
     done = "done"
     failed = "failed"
@@ -32,7 +32,7 @@ class JobStatus(StrEnum):
 
 
 JOB_COLUMNS = ("id", "status", "exit_code", "message", "log", "seconds", "host", "processes", "repetition")
-"""What is known of a job whatever it measures."""
+"""Columns of a job that are known whatever it measures."""
 LEVELS = ("retrieval", "drafter")
 MEMORIES = ("device", "host", "disk", "process")
 PHASES = ("draft", "retrieval", "verify", "refresh", "reread")
@@ -176,6 +176,7 @@ def _cell(value: Any) -> Any:
 
 
 def _write_parquet(path: Path, rows: list[SweepRow]) -> None:
+    """Writes a parquet file, atomically."""
     import pyarrow
     import pyarrow.parquet
 
@@ -191,6 +192,7 @@ def _write_parquet(path: Path, rows: list[SweepRow]) -> None:
 
 
 def _as(kind: type, value: Any) -> Any:
+    """A value as this type; None stays None."""
     return None if value is None else kind(value)
 
 

@@ -33,6 +33,7 @@ THIRD_PARTY_FENCES = {
         "workers/models/",
         "workers/attention/forward_pass.py",
         "launch/demo_pair/",
+        "launch/analysis/needle_prompt.py",
         "launch/benchmark/gguf_export.py",
         "launch/benchmark/shared_models.py",
         "launch/benchmark/transformers_peers.py",

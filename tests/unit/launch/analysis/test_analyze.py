@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch import analyze
-from launch.analysis.report import LABELS, Summary, mean_of
+from launch.analysis.summary import LABELS, Summary, mean_of
 
 ROOT = Path(__file__).resolve().parents[4]
 SHORT = ["context=400", "new_tokens=12", "budgets=[64,1024]", "shown_budget=64", "model.dtype=float32"]

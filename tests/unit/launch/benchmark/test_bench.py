@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from conf.schema import ConfigError, FullCacheTier
+from conf.schema import ConfigError, FullCacheTier, RunConfig
 from launch import bench
 from launch.assembly.prepare import prepare
-from launch.benchmark import side_by_side
 from launch.benchmark.config import GridConfig, PeerSettings, contender_config, read_bench_config
 from launch.benchmark.contender import Cell, Turn
 from launch.benchmark.our_engine import OurEngine
 from launch.benchmark.shared_models import SharedModels
+from launch.benchmark.side_by_side import SideBySide
 from launch.benchmark.table import ContenderRow, Status, compare, first_difference, make_table, write_grid_csv
 from launch.benchmark.transformers_peers import GeneratePeer
 from launch.command_line.tables import write_json
@@ -142,38 +142,60 @@ def test_a_context_that_cannot_be_is_recorded_and_the_others_go_on(settings):
     assert rows_of(record, 2)["autoregressive"]["status"] == Status.ok
 
 
-def test_what_does_not_fit_is_skipped_and_what_fits_alone_runs_alone(settings, monkeypatch):
+class StandIn:
+    """Stands for our engine: brings tokens without computing them, and notes its turns."""
+
+    def __init__(self, events: list[str], cell: Cell, config: RunConfig, num_bytes: int = 0):
+        self.mode, self._events, self._num_bytes = str(config.decoding.mode), events, num_bytes
+
+    def needed_bytes(self) -> int:
+        return self._num_bytes
+
+    def load(self) -> None:
+        self._events.append(self.mode)
+
+    def start(self) -> list[int]:
+        return [7]
+
+    def decode(self, count: int) -> Turn:
+        self._events.append(f"{self.mode} decodes")
+        num_turns = sum("decodes" in event for event in self._events)
+        return Turn(tokens=[7] * count, num_timed=count, seconds=count * num_turns / 1000)
+
+    def begin_counting(self) -> None: ...
+
+    def facts(self) -> dict:
+        return {}
+
+    def close(self) -> None: ...
+
+
+def run_stand_ins(settings: list[str], only: str, needs: dict[str, int], free: float = 1e9) -> tuple[dict, list[str]]:
+    """The one cell's rows, and what happened in which order."""
+    config, events = read_bench_config([*settings, only]), []
+    Path("out").mkdir()
+    SideBySide(
+        config=config,
+        folder=Path("out"),
+        console=Console(),
+        argv=[],
+        make_ours=lambda cell, run: StandIn(events, cell, run, needs.get(str(run.decoding.mode), 0)),
+        free_bytes=lambda device: free,
+    ).run()
+    return rows_of(json.loads(Path("out/bench.json").read_text())), events
+
+
+def test_what_does_not_fit_is_skipped_and_what_fits_alone_runs_alone(settings):
     needs = {"autoregressive": 60, "streaming": 60, "retrieval": 101}
-    monkeypatch.setattr("launch.benchmark.side_by_side.device_free_bytes", lambda device: 100 / 0.9 + 0.1)
-    order = []
-    monkeypatch.setattr(OurEngine, "needed_bytes", lambda self: needs[str(self.config.decoding.mode)])
-    monkeypatch.setattr(OurEngine, "load", lambda self: order.append(self.config.decoding.mode))
-    monkeypatch.setattr(OurEngine, "start", lambda self: [7])
-    monkeypatch.setattr(OurEngine, "facts", lambda self: {})
-    monkeypatch.setattr(OurEngine, "begin_counting", lambda self: None)
-
-    def decode(self, count):
-        order.append(f"{self.config.decoding.mode} decodes")
-        return Turn(tokens=[7] * count, num_timed=count, seconds=1.0)
-
-    monkeypatch.setattr(OurEngine, "decode", decode)
-    record = run(settings, "only=[autoregressive,streaming,retrieval]")
-    assert [row["status"] for row in rows_of(record).values()] == [Status.ok, Status.ok, Status.skipped]
-    assert "GiB are free" in rows_of(record)["retrieval"]["reason"]
+    rows, order = run_stand_ins(settings, "only=[autoregressive,streaming,retrieval]", needs, free=100 / 0.9 + 0.1)
+    assert [row["status"] for row in rows.values()] == [Status.ok, Status.ok, Status.skipped]
+    assert "GiB are free" in rows["retrieval"]["reason"]
     assert order == ["autoregressive", *["autoregressive decodes"] * 3, "streaming", *["streaming decodes"] * 3]
 
 
-def test_turns_go_around_and_the_warm_up_is_not_counted(settings, monkeypatch):
-    turns = []
-
-    def decode(self, count):
-        turns.append(str(self.config.decoding.mode))
-        return Turn(tokens=[7] * count, num_timed=count, seconds=count * len(turns) / 1000)
-
-    for name, stub in {"load": None, "start": [7], "facts": {}, "begin_counting": None}.items():
-        monkeypatch.setattr(OurEngine, name, lambda self, stub=stub: stub)
-    monkeypatch.setattr(OurEngine, "decode", decode)
-    rows = rows_of(run(settings, "only=[autoregressive,streaming]"))
+def test_turns_go_around_and_the_warm_up_is_not_counted(settings):
+    rows, events = run_stand_ins(settings, "only=[autoregressive,streaming]", needs={})
+    turns = [event.removesuffix(" decodes") for event in events if "decodes" in event]
     first, second = "autoregressive", "streaming"
     assert turns == [first, second, second, first, first, second]
     assert rows[first]["tbt_ms"]["samples"] == pytest.approx([4, 5])
@@ -182,9 +204,7 @@ def test_turns_go_around_and_the_warm_up_is_not_counted(settings, monkeypatch):
 
 
 def test_an_interrupted_bench_keeps_the_cells_it_has(settings, monkeypatch):
-    monkeypatch.setattr(
-        side_by_side.SideBySide, "_measure", lambda self, group: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    monkeypatch.setattr(SideBySide, "_measure", lambda self, group: (_ for _ in ()).throw(KeyboardInterrupt))
     assert bench.main([*settings, "only=[autoregressive]"]) == 130
     assert json.loads(Path("out/bench.json").read_text())["cells"][0]["context"] == 300
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from launch.analysis.draft_comparison import ORACLE
+from launch.analysis.compared_rules import ORACLE
 from launch.measure import acceptance as measure
 
 ROOT = Path(__file__).resolve().parents[4]
