@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -375,6 +376,13 @@ def test_the_memory_of_the_process_is_what_the_system_counts():
     del block
     # The system keeps its counts by the batch, of some dozens of pages for each processor.
     assert memory.process_bytes()[1] > 0.99 * peak > 0.98 * with_block
+
+
+def test_a_plan_reaches_another_process_as_it_is():
+    inputs = replace(INPUTS, retrieval=RetrievalSizes(budget=512, tail_tokens=88, bits=8, is_rebuilt=True))
+    plan = make_plan(inputs, cache_config(tier=FullCacheTier.host))
+    sent = msgspec.msgpack.encode(msgspec.to_builtins(plan))
+    assert msgspec.convert(msgspec.msgpack.decode(sent), MemoryPlan) == plan
 
 
 def test_where_there_is_no_room_to_collect_chunks_they_are_fetched():
