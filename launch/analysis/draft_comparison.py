@@ -16,7 +16,8 @@ import torch
 from conf.schema import ChunkDtype, RetrievalRuleName, SamplingConfig
 from launch.assembly.sizing import PIECE_TOKENS
 from tiers.base import Tier
-from tiers.full_cache import DeviceLayer, FullCache
+from tiers.device_layer import DeviceLayer
+from tiers.full_cache import FullCache
 from tiers.quantised_retrieval_cache import make_retrieval_cache
 from tiers.retrieval.attention_rule import DECAY, AttentionRule
 from tiers.retrieval.context_summary import ContextSummary

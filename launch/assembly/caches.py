@@ -17,9 +17,13 @@ from functools import partial
 import torch
 
 from tiers.base import BlockStore, CacheShape, Tier
+from tiers.block_layer import BlockLayer
+from tiers.block_writer import BlockWriter
+from tiers.device_layer import DeviceLayer
 from tiers.device_tier import DeviceTier
 from tiers.disk_tier import DiskTier
-from tiers.full_cache import BlockLayer, DeviceLayer, FullCache
+from tiers.full_cache import FullCache
+from tiers.link import Link
 from tiers.pinned_host_tier import PinnedHostTier
 from tiers.planning.sizes import RetrievalSizes, Sizes, StreamingSizes
 from tiers.quantised_retrieval_cache import QuantisedRetrievalCache, make_retrieval_cache
@@ -28,7 +32,7 @@ from tiers.retrieval.rule import Pool, rule_class
 from tiers.retrieval.selection import RetrievalSelection
 from tiers.retrieval_cache import RetrievalCache
 from tiers.streaming_llm_cache import StreamingLLMCache
-from tiers.transfer import BlockWriter, Link, make_streamer
+from tiers.transfer import make_streamer
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

@@ -16,6 +16,7 @@ from tiers.base import Tier
 from tiers.device_tier import DeviceTier
 from tiers.disk_tier import DiskTier, best_num_readers
 from tiers.full_cache import FullCache
+from tiers.link import Link
 from tiers.pinned_host_tier import PinnedHostTier, can_pin
 from tiers.planning.numa import bind_to_node_of
 from tiers.planning.plan import MemoryPlan
@@ -25,7 +26,6 @@ from tiers.retrieval.rule import Pool, not_pooled
 from tiers.retrieval.selection import RetrievalSelection
 from tiers.retrieval_cache import RetrievalCache
 from tiers.streaming_llm_cache import StreamingLLMCache
-from tiers.transfer import Link
 from workers.acceptance import GumbelCoupling, KeyedRandom, MaximalCoupling, make_coupling
 from workers.drafter import Drafter
 from workers.lookup_drafter import LookupDrafter

@@ -38,10 +38,11 @@ def stored_blocks(cfg: DictConfig, tier: str, shape: BlockShape, device: torch.d
         blocks = PinnedHostTier(pin=device.type == "cuda" and can_pin()).blocks(shape, count)
         _fill(blocks, count)
         sources = [blocks.source(index) for index in range(count)]
+        rows = [blocks.read(index, 0, shape.num_tokens) for index in range(count)]
 
         def read() -> None:
-            for index, source in enumerate(sources):
-                buffers[index % len(buffers)].copy_(source, non_blocking=True)
+            for index, block in enumerate(rows):
+                buffers[index % len(buffers)].copy_(block, non_blocking=True)
 
         yield sources, read
         return
@@ -53,7 +54,7 @@ def stored_blocks(cfg: DictConfig, tier: str, shape: BlockShape, device: torch.d
 
         def read() -> None:
             for index in range(count):
-                assert os.preadv(blocks._file, [pages], index * len(pages)) == len(pages)
+                assert os.preadv(blocks.file, [pages], index * len(pages)) == len(pages)
 
         yield [blocks.source(index) for index in range(count)], read
     finally:

@@ -33,12 +33,15 @@ from tests.support.all_caches import read_prompt, space_on
 from tests.support.tiny_models import random_prompt, save_checkpoint, tiny_config
 from tiers import pinned_host_tier
 from tiers.base import BlockShape, CacheShape, Segment
+from tiers.block_layer import BlockLayer
+from tiers.block_writer import BlockWriter
+from tiers.device_layer import DeviceLayer
 from tiers.device_tier import DeviceTier
 from tiers.disk_tier import DiskTier
-from tiers.full_cache import BlockLayer, DeviceLayer, FullCache
+from tiers.full_cache import FullCache
 from tiers.pinned_host_tier import PinnedHostTier, can_pin
 from tiers.planning.memory import process_bytes
-from tiers.transfer import BlockWriter, CudaBlockStreamer, make_streamer
+from tiers.transfer import CudaBlockStreamer, make_streamer
 from workers.attention.attend import ForwardPass, active, attend
 
 pytestmark = [

@@ -15,9 +15,9 @@ import torch
 
 from launch.assembly import caches
 from tiers import disk_tier
+from tiers.block_layer import BlockLayer
 from tiers.device_tier import DeviceTier
 from tiers.disk_tier import DiskTier
-from tiers.full_cache import BlockLayer
 from tiers.pinned_host_tier import PinnedHostTier
 from tiers.planning.parts import Part
 from tiers.planning.sizes import TierName

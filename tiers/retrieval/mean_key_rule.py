@@ -24,6 +24,7 @@ class MeanKeyRule(RetrievalRule):
         size = (shape.num_layers, shape.num_kv_heads, capacity // chunk_size, shape.head_dim)
         self._means = tier.allocate(*size, dtype=shape.dtype)
         self._num_layers = shape.num_layers
+        self._begun: list[torch.Tensor | None]  # per layer: keys of the chunk not yet complete
         self.reset()
 
     @classmethod
@@ -57,11 +58,12 @@ class MeanKeyRule(RetrievalRule):
         self._begun = [None] * self._num_layers
 
     def _mean(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.unflatten(1, (-1, self.chunk_size)).mean(dim=2, dtype=torch.float32)
+        """Means [H, n, D] of chunks of keys [H, n * chunk_size, D], summed in float32."""
+        return torch.unflatten(rows, 1, (-1, self.chunk_size)).mean(dim=2, dtype=torch.float32)
 
     def reset(self) -> None:
         self._num_indexed = [0] * self._num_layers
-        self._begun: list[torch.Tensor | None] = [None] * self._num_layers  # keys of the chunk not yet complete
+        self._begun = [None] * self._num_layers
 
     begin_reading = reset
 

@@ -63,7 +63,7 @@ class RetrievalRule(ABC):
 
     @property
     def mass_observer(self) -> MassObserver | None:
-        """What a verification tells its attention to; None where the rule has no use for that, which takes time."""
+        """Receiver of the attention of verifications; None where the rule has no use for it, since it takes time."""
         return None
 
     @abstractmethod

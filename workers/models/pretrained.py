@@ -26,8 +26,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from conf.model_source import model_source
 from conf.schema import ConfigError
 from tiers.base import CacheShape
+from tiers.device_layer import DeviceLayer
 from tiers.device_tier import DeviceTier
-from tiers.full_cache import DeviceLayer, FullCache
+from tiers.full_cache import FullCache
 from workers.models.cached_models import CausalModel
 from workers.models.sharded_weights import fill, make_skeleton, weight_files
 from workers.parallel.shard import WHOLE, Shard, check_size

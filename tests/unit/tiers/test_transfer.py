@@ -14,7 +14,9 @@ import torch
 
 from launch.assembly.role_builder import overlap
 from tests.support.all_caches import PoisonedDeviceTier
-from tiers.transfer import COPY_THREAD, BlockWriter, CpuBlockStreamer, Link, make_streamer
+from tiers.block_writer import BlockWriter
+from tiers.link import Link
+from tiers.transfer import COPY_THREAD, CpuBlockStreamer, make_streamer
 
 BLOCK_SIZE = (2, 2, 8, 4)
 BLOCK_BYTES = 2 * 2 * 8 * 4 * 4
@@ -330,7 +332,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("tiers.transfer.time", clock)
+    monkeypatch.setattr("tiers.link.time", clock)
     return clock
 
 

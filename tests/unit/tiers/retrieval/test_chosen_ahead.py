@@ -19,7 +19,7 @@ from tests.support.all_caches import (
     read_prompt,
 )
 from tiers.base import CacheShape
-from tiers.full_cache import BlockLayer
+from tiers.block_layer import BlockLayer
 from tiers.retrieval.mean_key_rule import MeanKeyRule
 from tiers.retrieval.selection import RetrievalSelection
 
