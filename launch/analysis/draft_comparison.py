@@ -26,8 +26,10 @@ from tiers.retrieval.rule import MassObserver, rule_class
 from tiers.retrieval.selection import RetrievalSelection
 from tiers.retrieval_cache import LayerUpdate
 from workers.acceptance import distribution
-from workers.models.cached_models import CausalModel, RetrievalModel, TargetModel
-from workers.models.pretrained import ModelFacts
+from workers.models.causal_model import CausalModel
+from workers.models.facts import ModelFacts
+from workers.models.retrieval_model import RetrievalModel
+from workers.models.target_model import TargetModel
 
 PAGE_BOUND, ORACLE, TOP_K, HEAVY_HITTER = "page_bound", "oracle", "top_k", "heavy_hitter"
 FORESEEING = (ORACLE, TOP_K)
@@ -173,7 +175,7 @@ class DraftComparison:
             selection=RetrievalSelection(self._cache, ear, facts.windows, 0, 0.0, self._summary),
         )
         if HEAVY_HITTER in self._rules:
-            self._target.observe_prompt_mass = self._hear_prompt
+            self._target.prompt_observers = replace(self._target.prompt_observers, on_mass=self._hear_prompt)
         self._queries: dict[int, list[torch.Tensor]] = {}
         self._listen, self._num_read = self._hear_token, 0
         self.watchers: list[Callable[[int, torch.Tensor], None]] = []

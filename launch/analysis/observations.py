@@ -18,7 +18,7 @@ from launch.prompts.needle import NeedleForm, make_facts
 from launch.prompts.prompt import read_prompt, read_text
 from tiers.device_tier import DeviceTier
 from workers.acceptance import KeyedRandom
-from workers.models.pretrained import load_model
+from workers.models.loading import load_model
 
 MEAN_KEY, ATTENTION, WINDOW = str(RetrievalRuleName.mean_key), str(RetrievalRuleName.attention), "recent_window"
 CACHES = (TOP_K, ATTENTION, MEAN_KEY, HEAVY_HITTER, WINDOW)

@@ -39,8 +39,9 @@ from tiers.planning.memory import (
 )
 from tiers.planning.plan import MemoryPlan, make_plan
 from tiers.planning.sizes import PlanInput
-from workers.models.cached_models import CausalModel, TargetModel
-from workers.models.pretrained import ModelFacts, check_same_vocabulary, describe
+from workers.models.causal_model import CausalModel
+from workers.models.facts import ModelFacts, check_same_vocabulary, describe
+from workers.models.target_model import TargetModel
 from workers.process.background import InBackground
 
 

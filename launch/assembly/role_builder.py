@@ -24,22 +24,28 @@ from tiers.planning.sizes import TierName
 from tiers.quantised_retrieval_cache import QuantisedRetrievalCache
 from tiers.retrieval.rule import Pool, not_pooled
 from tiers.retrieval.selection import RetrievalSelection
-from tiers.retrieval_cache import RetrievalCache
 from tiers.streaming_llm_cache import StreamingLLMCache
-from workers.acceptance import GumbelCoupling, KeyedRandom, MaximalCoupling, make_coupling
+from workers.acceptance import KeyedRandom, LevelCoupling, make_coupling
 from workers.drafter import Drafter
 from workers.lookup_drafter import LookupDrafter
-from workers.models.cached_models import CausalModel, RetrievalModel, StreamingModel, TargetModel
+from workers.models.causal_model import CausalModel, DraftingModel
 from workers.models.cuda_graphs import CudaRecorder, RecordedModel, Recorder, run_anew
-from workers.models.pretrained import ModelFacts, load_model
+from workers.models.facts import ModelFacts
+from workers.models.loading import load_model
+from workers.models.retrieval_model import RetrievalKVCache, RetrievalModel
 from workers.models.shared_weights import load_shared_model
+from workers.models.streaming_model import StreamingModel
+from workers.models.target_model import TargetModel
 from workers.parallel.shard import WHOLE
 from workers.parallel.tensor_parallel import AllReduce
-from workers.retrieval_drafter import RetrievalDrafter
+from workers.retrieval_drafter import RetrievalCachedModel, RetrievalDrafter
 from workers.target_verifier import TargetVerifier
 
 LEVEL_DRAFTER, LEVEL_RETRIEVAL, LEVEL_TARGET = 1, 2, 3
-DraftCache = StreamingLLMCache | RetrievalCache | QuantisedRetrievalCache
+DraftCache = StreamingLLMCache | RetrievalKVCache
+"""Cache of a draft level."""
+MakeRetrievalModel = Callable[[DraftingModel, RetrievalKVCache], RetrievalCachedModel[Any]]
+"""Makes the retrieval model, by the way that updates come to it."""
 
 
 class RoleBuilder:
@@ -121,19 +127,20 @@ class RoleBuilder:
     # ---- Models. ----
 
     def load_target(self, all_reduce: AllReduce | None = None) -> CausalModel:
-        """The target with weights of its own; see workers.models.pretrained.load_model. Raises ConfigError."""
-        return self._load(self.target_facts, all_reduce)
+        """The target with weights of its own; see workers.models.loading.load_model. Raises ConfigError."""
+        return self._load(self.target_facts, all_reduce=all_reduce)
 
     def take_target(self, description: dict[str, Any]) -> CausalModel:
         """The target on the weights of another process; see workers.models.shared_weights."""
         self.models.append(load_shared_model(self.target_facts, description, self.device))
         return self.models[-1]
 
-    def _load(self, facts: ModelFacts, all_reduce: AllReduce | None = None) -> CausalModel:
+    def _load(self, facts: ModelFacts, *, layer_major: bool = True, all_reduce: AllReduce | None = None) -> CausalModel:
         self.weight_bytes += facts.num_weight_bytes
         self_check = self.config.model.self_check
-        self.models.append(load_model(facts, self.device, self_check=self_check, all_reduce=all_reduce))
-        return self.models[-1]
+        model = load_model(facts, self.device, self_check=self_check, layer_major=layer_major, all_reduce=all_reduce)
+        self.models.append(model)
+        return model
 
     # ---- Roles. ----
 
@@ -150,8 +157,8 @@ class RoleBuilder:
         return TargetVerifier(model, self._coupling(LEVEL_TARGET)), model
 
     def retriever(
-        self, target: CausalModel, tier: Tier | None = None, make_model: type[RetrievalModel] = RetrievalModel
-    ) -> RetrievalDrafter:
+        self, target: CausalModel, tier: Tier | None = None, make_model: MakeRetrievalModel = RetrievalModel
+    ) -> RetrievalDrafter[Any]:
         """The role that drafts by retrieval; its cache is in `tier`, on the device if None."""
         cache = self.retrieval_cache(self.tiers.device if tier is None else tier)
         coupling, facts = self._coupling(LEVEL_RETRIEVAL), self.target_facts
@@ -166,7 +173,7 @@ class RoleBuilder:
             return LookupDrafter(vocab_size, one_hot=one_hot)
         assert self.sizes.streaming is not None, "the plan has no drafter"
         cache = caches.streaming_cache(self.sizes.streaming, facts.cache_shape, self.tiers.device)
-        model = StreamingModel(self._recorded(facts, self._load(facts), cache), cache)
+        model = StreamingModel(self._recorded(facts, self._load(facts, layer_major=False), cache), cache)
         coupling = self._coupling(LEVEL_DRAFTER)
         # Where the retrieval draft stands between, it names the runners-up of what it hands on.
         names_runners_up = self._wants_runners_up and not config.uses_retrieval
@@ -202,14 +209,14 @@ class RoleBuilder:
         """Likely tokens beside the drafted ones are named, for what is drafted after each of them."""
         return self.config.decoding.overlap is Overlap.outcomes
 
-    def _coupling(self, level: int) -> MaximalCoupling | GumbelCoupling:
+    def _coupling(self, level: int) -> LevelCoupling:
         # Numbers are keyed: a source for each role, which roles in threads of their own need, draws what one would.
         random = self._random or KeyedRandom(self._seed)
         return make_coupling(self.config.sampling, random, level, is_last=level == LEVEL_TARGET)
 
     # ---- Caches. ----
 
-    def retrieval_cache(self, tier: Tier) -> RetrievalCache | QuantisedRetrievalCache:
+    def retrieval_cache(self, tier: Tier) -> RetrievalKVCache:
         """The retrieval cache, in `tier`."""
         return caches.retrieval_cache(self.sizes, self.target_facts.cache_shape, tier)
 

@@ -34,7 +34,7 @@ from launch.benchmark.transformers_peers import (
     offloaded_cache,
     static_cache,
 )
-from workers.models.pretrained import ModelFacts
+from workers.models.facts import ModelFacts
 
 
 class SharedModels:

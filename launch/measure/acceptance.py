@@ -35,8 +35,8 @@ from launch.assembly.engine import prepare
 from tiers.device_tier import DeviceTier
 from tiers.streaming_llm_cache import StreamingLLMCache
 from workers.acceptance import KeyedRandom, distribution
-from workers.models.cached_models import StreamingModel
-from workers.models.pretrained import load_model
+from workers.models.loading import load_model
+from workers.models.streaming_model import StreamingModel
 
 RETRIEVAL, CHOSEN, RECENT, DRAFTER = "retrieval", "chosen chunks alone", "recent window", "drafter"
 KINDS = (RETRIEVAL, CHOSEN, RECENT, DRAFTER)

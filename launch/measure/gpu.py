@@ -23,7 +23,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -56,9 +56,9 @@ from launch.widen import Fill, WidenConfig, Widened, widen
 from orchestrator.run_files import versions
 from tiers.base import Segment
 from tiers.pinned_host_tier import can_pin
-from workers.attention import kernels as attention_kernels
 from workers.attention.attend import attend
-from workers.models.cached_models import CausalModel
+from workers.attention.kernels import LIMITS, KernelLimits
+from workers.models.causal_model import CausalModel
 
 CELLS = ("copies", "offloaded", "on_chip", "attention", "transformers")
 LEAST_SECONDS = {"copies": 20, "offloaded": 120, "on_chip": 60, "attention": 10, "transformers": 90}
@@ -228,16 +228,13 @@ class Measurement:
         dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
         num_keys = self._config.on_chip_tokens
         k, v = torch.randn(2, 32, num_keys, 128, device=self._device, dtype=dtype)
-        rows, usual = [], attention_kernels.MATMUL_MAX_ROWS
+        rows = []
         for num_rows in (1, 9, 17, 33):
             q = torch.randn(32, 1, num_rows, 128, device=self._device, dtype=dtype)
             row = {"rows": num_rows, "keys": num_keys}
             for name, most_rows in (("by matrix products, ms", num_rows), ("by the flash kernel, ms", 0)):
-                attention_kernels.MATMUL_MAX_ROWS = most_rows
-                try:
-                    row[name] = self._milliseconds(lambda q=q: _attend_once(q, k, v))
-                finally:
-                    attention_kernels.MATMUL_MAX_ROWS = usual
+                limits = replace(LIMITS, matmul_max_rows=most_rows)
+                row[name] = self._milliseconds(lambda q=q, limits=limits: _attend_once(q, k, v, limits))
             rows.append(row)
             self._results.set_table("Attention of one layer", rows)
 
@@ -390,8 +387,8 @@ class TokenTimes:
     def end(self) -> None: ...
 
 
-def _attend_once(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return attend(q, [Segment(k, v, start=0)], first_position=k.shape[1], scale=q.shape[-1] ** -0.5)
+def _attend_once(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, limits: KernelLimits) -> torch.Tensor:
+    return attend(q, [Segment(k, v, start=0)], first_position=k.shape[1], scale=q.shape[-1] ** -0.5, limits=limits)
 
 
 def decoding_rows(samples: dict[tuple[int, bool] | None, list[Sample]]) -> list[dict]:

@@ -7,6 +7,8 @@ and with it what is accepted, which repetitions even out.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,8 +17,9 @@ from conf.schema import CudaGraphs, RunConfig
 from launch.assembly.engine import Prepared, make_hierarchy, make_session, memory_plan, memory_shortage_as_config_error
 from launch.assembly.role_builder import RoleBuilder
 from orchestrator.hierarchy import Round
+from workers.attention.forward_pass import NOBODY
 from workers.messages import Draft
-from workers.models.cached_models import CausalModel
+from workers.models.causal_model import CausalModel
 
 WARM_UP_ROUNDS, FIRST_ROUNDS = 1, 3
 """Not counted; the first ones of a way record its graphs."""
@@ -102,7 +105,7 @@ class LevelsInTurns:
     def autoregressive(self, num_tokens: int) -> Sample:
         """So many tokens, after one that warms up; then the other levels catch up, which does not count."""
         tokens: list[int] = []
-        with self._target_model.alone():
+        with self._without_retrieval():
             tokens += self._verify_one()
             sample, before = Sample(num_rounds=num_tokens, num_tokens=num_tokens), self._streamed()
             began = self._now()
@@ -116,6 +119,20 @@ class LevelsInTurns:
         self._hierarchy.gamma2 = 0
         self._hierarchy.round()
         return sample
+
+    @contextmanager
+    def _without_retrieval(self) -> Iterator[None]:
+        """Within it, passes are those of a target without a retrieval level: a baseline on the same cache.
+
+        The retrieval level is to follow, not to be rebuilt, with the first pass afterwards.
+        """
+        target = self._target_model
+        observers, target.observers = target.observers, NOBODY
+        self._builder.full_cache.drop_collections()
+        try:
+            yield
+        finally:
+            target.observers = observers
 
     def _verify_one(self) -> list[int]:
         verdict = self._verifier.verify(Draft())

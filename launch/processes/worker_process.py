@@ -27,8 +27,9 @@ from orchestrator.placement import DRAFTER_ROLE, RETRIEVER_ROLE, VERIFIER_ROLE
 from tiers.planning.memory import device_free_bytes, disk_free_bytes, host_free_bytes
 from tiers.planning.plan import RETRIEVAL_PARTS, MemoryPlan
 from tiers.shared_memory import AttachedPart, SharedArena
-from workers.models.cached_models import CausalModel, RetrievalModel, SharedRetrievalModel
-from workers.models.pretrained import describe
+from workers.models.causal_model import CausalModel
+from workers.models.facts import describe
+from workers.models.retrieval_model import ReceivingRetrievalModel, SharedRetrievalModel
 from workers.models.shared_weights import SharedWeights
 from workers.parallel.collectives import ByThread, GroupAllReduce, SharedMemoryAllReduce, has_ordered_stores
 from workers.parallel.shard import WHOLE, Shard, own_heads
@@ -37,13 +38,12 @@ from workers.process.channel import Endpoints, Line, PingListener
 from workers.process.update_path import (
     Carried,
     Carrying,
-    FromItsMemory,
     IntoItsMemory,
-    PublishingVerifier,
-    ReceivingRetriever,
     SameProcess,
+    UpdatePath,
 )
 from workers.process.worker import Worker
+from workers.retrieval_drafter import RetrievalDrafter
 
 logger = logging.getLogger(__name__)
 
@@ -119,14 +119,15 @@ class Roles:
     def _make(self, dtype: torch.dtype) -> None:
         roles, builder = self._assignment.roles, self._builder
         target = self._load_target() if {VERIFIER_ROLE, RETRIEVER_ROLE} & set(roles) else None
-        path = SameProcess() if self._assignment.update_path == "same_process" else None
+        path = SameProcess() if self._assignment.update_path == UpdatePath.same_process else None
         if RETRIEVER_ROLE in roles:
             self.roles[RETRIEVER_ROLE] = self._make_retriever(target, path)
         if VERIFIER_ROLE in roles:
             verifier, model = builder.verifier(target)
             model.on_prefill_progress = lambda done, total: setattr(self, "_prefill", (done, total))
             # Where it writes to another's memory it is told by `attach`; until then, nothing leaves.
-            self.roles[VERIFIER_ROLE] = PublishingVerifier(verifier, path or Carrying(sends=self._is_owner()))
+            verifier.publisher = path or Carrying(sends=self._is_owner())
+            self.roles[VERIFIER_ROLE] = verifier
         if DRAFTER_ROLE in roles:
             facts = None
             if self._config.model.drafter != "lookup":
@@ -188,17 +189,16 @@ class Roles:
             start_timeout_seconds=self._assignment.start_timeout_s,
         )
 
-    def _make_retriever(self, target: CausalModel, path: SameProcess | None) -> ReceivingRetriever:
+    def _make_retriever(self, target: CausalModel, path: SameProcess | None) -> RetrievalDrafter:
         builder = self._builder
-        if path is not None:
-            return ReceivingRetriever(builder.retriever(target), path)
-        if self._assignment.update_path == "carried":
-            return ReceivingRetriever(builder.retriever(target, make_model=RetrievalModel), Carried())
+        if path is not None or self._assignment.update_path == UpdatePath.carried:
+            make_model = partial(ReceivingRetrievalModel, receiver=path or Carried())
+            return builder.retriever(target, make_model=make_model)
         planned = self._assignment.plan.device_bytes
         self._arena = SharedArena(sum(planned[name] for name in RETRIEVAL_PARTS if name in planned), self.device)
         retriever = builder.retriever(target, self._arena, SharedRetrievalModel)
         self.shared[RETRIEVAL_CACHE] = self._arena.description()
-        return ReceivingRetriever(retriever, FromItsMemory())
+        return retriever
 
     def _heads(self):
         text_config = self._whole.config.get_text_config()

@@ -42,7 +42,8 @@ from tiers.full_cache import FullCache
 from tiers.pinned_host_tier import PinnedHostTier, can_pin
 from tiers.planning.memory import process_bytes
 from tiers.transfer import CudaBlockStreamer, make_streamer
-from workers.attention.attend import ForwardPass, active, attend
+from workers.attention.attend import attend
+from workers.attention.forward_pass import ForwardPass, active
 
 pytestmark = [
     pytest.mark.gpu,

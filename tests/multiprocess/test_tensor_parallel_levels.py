@@ -20,7 +20,7 @@ from launch.assembly import role_builder as roles
 from tests.multiprocess.process_group import run_ranks
 from tests.support.tiny_models import greedy_tokens, random_prompt
 from tests.support.tiny_runs import DEVICE, DISK, HOST, generate, tiny_run
-from workers.models.pretrained import load_model
+from workers.models.loading import load_model
 from workers.parallel.collectives import SharedMemoryAllReduce, has_ordered_stores
 from workers.parallel.shard import Shard
 

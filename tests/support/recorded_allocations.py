@@ -27,7 +27,7 @@ from tiers.retrieval.rule import RetrievalRule
 from tiers.retrieval_cache import RetrievalCache
 from tiers.streaming_llm_cache import StreamingLLMCache
 from tiers.transfer import CpuBlockStreamer, CudaBlockStreamer, make_streamer
-from workers.models.cached_models import TargetModel
+from workers.models.target_model import TargetModel
 
 OWNERS: dict[type | CodeType, Part] = {
     StreamingLLMCache: Part.streaming_cache,
