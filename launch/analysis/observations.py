@@ -13,7 +13,7 @@ from launch.analysis.attention_recovery import FactRecovery, Locality, Recovery
 from launch.analysis.config import AnalyzeConfig, said_of_document
 from launch.analysis.draft_comparison import HEAVY_HITTER, TOP_K, ComparisonConfig, DraftCache, DraftComparison
 from launch.analysis.needle_prompt import NeedlePrompt, Question, make_needle_prompt
-from launch.assembly.engine import prepare
+from launch.assembly.prepare import prepare
 from launch.prompts.needle import NeedleForm, make_facts
 from launch.prompts.prompt import read_prompt, read_text
 from tiers.device_tier import DeviceTier

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ from tiers.planning.sizes import TierName
 from tiers.quantised_retrieval_cache import QuantisedRetrievalCache
 from tiers.retrieval.rule import Pool, not_pooled
 from tiers.retrieval.selection import RetrievalSelection
+from tiers.retrieval_cache import RetrievalUpdate
 from tiers.streaming_llm_cache import StreamingLLMCache
 from workers.acceptance import KeyedRandom, LevelCoupling, make_coupling
 from workers.drafter import Drafter
@@ -41,11 +42,10 @@ from workers.parallel.tensor_parallel import AllReduce
 from workers.retrieval_drafter import RetrievalCachedModel, RetrievalDrafter
 from workers.target_verifier import TargetVerifier
 
+UpdateT = TypeVar("UpdateT")
 LEVEL_DRAFTER, LEVEL_RETRIEVAL, LEVEL_TARGET = 1, 2, 3
 DraftCache = StreamingLLMCache | RetrievalKVCache
 """Cache of a draft level."""
-MakeRetrievalModel = Callable[[DraftingModel, RetrievalKVCache], RetrievalCachedModel[Any]]
-"""Makes the retrieval model, by the way that updates come to it."""
 
 
 class RoleBuilder:
@@ -119,7 +119,7 @@ class RoleBuilder:
             "seconds": stats.seconds,
             "gb_per_s": rate,
             "stall_s": stats.stall_seconds,
-            "overlap": overlap(stats.seconds, stats.stall_seconds),
+            "overlap": hidden_share(stats.seconds, stats.stall_seconds),
             "emulated_link_gb_per_s": self.tiers.link.gb_per_s,
             "damaged_blocks": self.tiers.disk.num_damaged + self.tiers.host.num_damaged,
         }
@@ -128,14 +128,14 @@ class RoleBuilder:
 
     def load_target(self, all_reduce: AllReduce | None = None) -> CausalModel:
         """The target with weights of its own; see workers.models.loading.load_model. Raises ConfigError."""
-        return self._load(self.target_facts, all_reduce=all_reduce)
+        return self._load(self.target_facts, all_reduce)
 
     def take_target(self, description: dict[str, Any]) -> CausalModel:
         """The target on the weights of another process; see workers.models.shared_weights."""
         self.models.append(load_shared_model(self.target_facts, description, self.device))
         return self.models[-1]
 
-    def _load(self, facts: ModelFacts, *, layer_major: bool = True, all_reduce: AllReduce | None = None) -> CausalModel:
+    def _load(self, facts: ModelFacts, all_reduce: AllReduce | None = None, *, layer_major: bool = True) -> CausalModel:
         self.weight_bytes += facts.num_weight_bytes
         self_check = self.config.model.self_check
         model = load_model(facts, self.device, self_check=self_check, layer_major=layer_major, all_reduce=all_reduce)
@@ -156,10 +156,20 @@ class RoleBuilder:
         )
         return TargetVerifier(model, self._coupling(LEVEL_TARGET)), model
 
-    def retriever(
-        self, target: CausalModel, tier: Tier | None = None, make_model: MakeRetrievalModel = RetrievalModel
-    ) -> RetrievalDrafter[Any]:
-        """The role that drafts by retrieval; its cache is in `tier`, on the device if None."""
+    def retriever(self, target: CausalModel) -> RetrievalDrafter[RetrievalUpdate]:
+        """The role that drafts by retrieval beside its verifier, which hands it the updates themselves."""
+        return self.retriever_with(RetrievalModel, target)
+
+    def retriever_with(
+        self,
+        make_model: Callable[[DraftingModel, RetrievalKVCache], RetrievalCachedModel[UpdateT]],
+        target: CausalModel,
+        tier: Tier | None = None,
+    ) -> RetrievalDrafter[UpdateT]:
+        """The role that drafts by retrieval on `make_model(model, cache)`; the cache is in `tier`, or on the device.
+
+        The kind of model says how updates come: see workers.models.retrieval_model.
+        """
         cache = self.retrieval_cache(self.tiers.device if tier is None else tier)
         coupling, facts = self._coupling(LEVEL_RETRIEVAL), self.target_facts
         model = make_model(self._recorded(facts, target, cache), cache)
@@ -246,8 +256,8 @@ def disk_folder(config: RunConfig) -> Path:
     return Path(config.tiers.disk.folder or config.output)
 
 
-def overlap(seconds: float, stall_seconds: float) -> float | None:
-    """Share of the seconds with copies under way in which attention did not wait for them; None if there were none."""
+def hidden_share(seconds: float, stall_seconds: float) -> float | None:
+    """Share of the seconds in which copies were under way, in which attention did not wait for them."""
     return max(0.0, 1 - stall_seconds / seconds) if seconds else None
 
 

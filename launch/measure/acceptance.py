@@ -31,7 +31,7 @@ from conf.schema import (
     StreamingCacheConfig,
 )
 from launch.analysis.draft_comparison import ComparisonConfig, DraftCache, DraftComparison
-from launch.assembly.engine import prepare
+from launch.assembly.prepare import prepare
 from tiers.device_tier import DeviceTier
 from tiers.streaming_llm_cache import StreamingLLMCache
 from workers.acceptance import KeyedRandom, distribution

@@ -12,13 +12,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from conf.schema import PlacementConfig, PlacementKind, RunConfig
-from launch import run
 from launch.assembly.start_checks import world_size
 from launch.processes import guard, worker_process
 from orchestrator.placement import place
@@ -54,6 +52,9 @@ class InstantRoles:
         torch.set_num_threads(1)
         self.roles = {name: InstantRole(assignment["vocab_size"]) for name in assignment["roles"]}
         self.notes, self.shared, self.is_first_shard, self.device = [], {}, True, torch.device("cpu")
+
+    def attach(self, shared: dict[str, Any]) -> bool:
+        return True
 
     def report(self) -> dict[str, Any]:
         return {}
@@ -115,11 +116,9 @@ def _milliseconds(call: Callable[[], Any]) -> list[float]:
 
 def main() -> int:
     if guard.PIPE in os.environ or guard.ENDPOINTS in os.environ:
-        worker_process.build = InstantRoles
-        return worker_process.main()
+        return worker_process.main(InstantRoles)
     if os.environ["RANK"] != "0":
-        guard.WORKER_PROGRAM = Path(__file__)
-        return run.main([])
+        return guard.Guard(PlacementConfig().start_timeout_s, worker_module="launch.measure.messages").run()
     measure()
     return 0
 

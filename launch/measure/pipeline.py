@@ -17,16 +17,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING
 
 from conf.schema import ConfigError, Coupling, Overlap, PlacementKind, RunConfig, require
-from launch import run
+from launch.assembly.session_run import make_seed
 from launch.assembly.start_checks import check_start, world_size
 from launch.command_line.outcome import ExitCode, refuse
-from launch.command_line.overrides import read_config
+from launch.command_line.overrides import read_config, start_timeout_s
+from launch.processes.guard import Guard
 from orchestrator.metrics import Metrics
 from orchestrator.placement import place
+
+if TYPE_CHECKING:
+    from launch.assembly.engine import Engine
+    from launch.assembly.task import Task
 
 ALWAYS = ["generation.ignore_eos=true", "placement.threads=1", "prompt.max_tokens=8192", "generation.max_new_tokens=96"]
 VERIFICATION = ["decoding.mode=retrieval", "cache.full.tier=device"]
@@ -35,39 +41,47 @@ LINKS_GB_PER_S = (2.0, 0.5)
 ACCEPTANCES = (["cache.retrieval.budget=1024"], ["cache.retrieval.budget=128", "sampling.temperature=1"])
 """A retrieval cache that is nearly always right, and one that is not."""
 
-Build = Callable[..., Any]
+Build = Callable[["Task"], "Engine"]
 """As launch.assembly.engine.build."""
 
 
 @contextmanager
 def builder(config: RunConfig) -> Iterator[Build]:
     """Builds runs one after another, in this process or in those of torchrun."""
-    from launch.assembly import engine
+    from launch.assembly.engine import build
     from launch.processes.company import Company
+    from launch.processes.remote_engine import build_remote
 
     placement = place(config.placement, world_size())
     if placement.kind is PlacementKind.inline:
-        yield engine.build
+        yield build
         return
     company = Company(config, placement, lambda line: print(line, file=sys.stderr))
     company.start()
     try:
-        yield company.build
+        yield partial(build_remote, company=company)
     finally:
         company.close()
 
 
 def measured(build: Build, overrides: list[str]) -> Metrics:
     """One run."""
-    from launch.assembly.engine import prepare
+    from launch.assembly.prepare import prepare
+    from launch.assembly.task import Task
     from launch.prompts.prompt import read_prompt
 
     config = read_config([*ALWAYS, *overrides])
     prepared = prepare(config)
     prompt = read_prompt(config.prompt, prepared.tokenizer)
     metrics = Metrics(uses_drafter=config.uses_drafter, uses_retrieval=config.uses_retrieval)
-    engine = build(config, prepared, prompt, config.generation.max_new_tokens, config.sampling.seed)
-    with closing(engine):
+    task = Task(
+        config=config,
+        prepared=prepared,
+        prompt_ids=prompt,
+        max_new_tokens=config.generation.max_new_tokens,
+        seed=make_seed(config),
+    )
+    with closing(build(task)) as engine:
         hierarchy = engine.hierarchy
         advance = hierarchy.start
         while not hierarchy.session.is_finished:
@@ -127,7 +141,7 @@ TABLES = {"verification": verification, "overlap": overlap}
 
 def main(argv: list[str]) -> int:
     if os.environ.get("RANK", "0") != "0":
-        return run.main([])
+        return Guard(start_timeout_s([])).run()
     try:
         name, *overrides = argv or [""]
         if name not in TABLES:

@@ -20,7 +20,7 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from launch.assembly.role_builder import overlap
+from launch.assembly.role_builder import hidden_share
 from tiers.base import BlockShape, Segment
 from tiers.device_tier import DeviceTier
 from tiers.disk_tier import DiskTier
@@ -104,7 +104,7 @@ def measure(cfg: DictConfig, tier: str, block_mib: int, num_buffers: int, num_re
             before = (streamer.stats.seconds, streamer.stats.stall_seconds)
             _seconds(lambda: stream(attention), device)
             after = (streamer.stats.seconds, streamer.stats.stall_seconds)
-            hidden.append(overlap(after[0] - before[0], after[1] - before[1]))
+            hidden.append(hidden_share(after[0] - before[0], after[1] - before[1]))
         streamer.close()
     del plain[0], streamed[0], hidden[0]  # the first one warms up
     ratios = [mine / other for mine, other in zip(streamed, plain, strict=True)]

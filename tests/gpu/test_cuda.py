@@ -400,7 +400,8 @@ def greedy_on_cuda(folder) -> list[int]:
 
 
 def generate(folder, mode: Mode, drafter: str, graphs: CudaGraphs = CudaGraphs.off, **full) -> list[int]:
-    from launch.assembly.engine import build, prepare
+    from launch.assembly.engine import build
+    from tests.support.tiny_runs import task_for
 
     config = RunConfig(
         model=ModelConfig(target=str(folder), drafter=drafter, dtype=Dtype.float32),
@@ -415,7 +416,7 @@ def generate(folder, mode: Mode, drafter: str, graphs: CudaGraphs = CudaGraphs.o
         placement=PlacementConfig(device="cuda"),
         output=tempfile.gettempdir(),
     )
-    with closing(build(config, prepare(config), PROMPT, NUM_TOKENS, seed=0)) as engine:
+    with closing(build(task_for(config, PROMPT, NUM_TOKENS))) as engine:
         hierarchy = engine.hierarchy
         hierarchy.start()
         while not hierarchy.session.is_finished:

@@ -1,4 +1,4 @@
-"""Every placement, over real processes under torchrun, generates the tokens of one process."""
+"""Every placement, over real processes, generates the tokens of one process; under torchrun: test_runs.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from conf.schema import Coupling, Mode, Overlap, PlacementKind, RetrievalRuleName, SamplingConfig
-from tests.multiprocess.torchrun import Case, run_many
+from tests.multiprocess.forked_runs import Case, run_many
 from tests.support.tiny_models import greedy_tokens, random_prompt
 from tests.support.tiny_runs import DEVICE, DISK, HOST, generate, tiny_run
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from conf.schema import RetrievalRuleName
-from launch.assembly import engine
 from launch.assembly import role_builder as roles
+from launch.assembly.prepare import prepare
 from tests.multiprocess.process_group import run_ranks
 from tests.support.tiny_models import greedy_tokens, random_prompt
 from tests.support.tiny_runs import DEVICE, DISK, HOST, generate, tiny_run
@@ -39,21 +39,18 @@ RUNS = [
 def run_all(rank: int, folder: str, targets: list[str], drafter: str) -> None:
     """This rank's tokens of every run, to `folder`."""
     torch.set_num_threads(1)
-    shard, prepare = Shard(rank, SIZE), engine.prepare
+    shard = Shard(rank, SIZE)
     all_reduce = SharedMemoryAllReduce(
         Path(folder, "sums"), shard, timeout_seconds=TIMEOUT_SECONDS, start_timeout_seconds=TIMEOUT_SECONDS
     )
 
-    def prepare_part(config):
-        prepared = prepare(config)
-        return replace(prepared, target=prepared.target.sharded(shard))
-
-    engine.prepare = prepare_part
     roles.load_model = partial(load_model, all_reduce=all_reduce)
     tokens = []
     for target, (_, _, tier, rule) in zip(targets, RUNS, strict=True):
         config = tiny_run(target, drafter, tier=tier, rule=rule, rebuild="2", self_check=False)
-        tokens.append(generate(config, PROMPT, NUM_NEW_TOKENS).tokens)
+        prepared = prepare(config)
+        prepared = replace(prepared, target=prepared.target.sharded(shard))
+        tokens.append(generate(config, PROMPT, NUM_NEW_TOKENS, prepared=prepared).tokens)
     torch.save(tokens, Path(folder, f"tokens-{rank}"))
 
 

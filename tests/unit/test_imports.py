@@ -5,18 +5,24 @@ A policy module is loaded without torch, a configuration is refused before torch
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("conf", "tiers", "workers", "orchestrator", "launch")
-"""From left to right: each may import those before it."""
+from tests.support.source_code import FOLDERS, MODULES, ROOT, imports_of, name_of
 
-MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+ROOMS_OF_LAUNCH = (
+    {"command_line"},
+    {"prompts"},
+    {"demo_pair"},
+    {"assembly"},
+    {"processes"},
+    {"forecast", "benchmark", "sweeps", "analysis"},
+    {"measure"},
+)
+"""Folders of launch/ from left to right, those in one set side by side: each may import itself and those before it. The
+programs beside them may import all."""
 
 THIRD_PARTY_FENCES = {
     "hydra": ("launch/",),
@@ -26,15 +32,16 @@ THIRD_PARTY_FENCES = {
     "transformers": (
         "workers/models/",
         "workers/attention/forward_pass.py",
-        "launch/train_demo.py",
-        "launch/benchmark/peers.py",
+        "launch/demo_pair/",
+        "launch/benchmark/gguf_export.py",
+        "launch/benchmark/shared_models.py",
         "launch/benchmark/transformers_peers.py",
     ),
     "datasets": ("launch/prompts/published_texts.py",),
     "gguf": ("launch/benchmark/gguf_export.py",),
     "llama_cpp": ("launch/benchmark/llama_cpp_peer.py",),
-    "tokenizers": ("launch/train_demo.py", "launch/demo_pair/corpus.py"),
-    "safetensors": ("workers/models/facts.py", "workers/models/sharded_weights.py", "launch/widen.py"),
+    "tokenizers": ("launch/demo_pair/corpus.py",),
+    "safetensors": ("workers/models/facts.py", "workers/models/sharded_weights.py", "launch/demo_pair/checkpoint.py"),
     "accelerate": ("workers/models/skeleton.py",),
     "matplotlib": ("launch/",),
     "pyarrow": ("launch/sweeps/table.py",),
@@ -61,31 +68,6 @@ CACHES_MAY_IMPORT = (
 ROLES = ("workers.drafter", "workers.lookup_drafter", "workers.retrieval_drafter", "workers.target_verifier")
 
 
-def imports_of(path: Path, *, while_type_checking: bool = True) -> set[str]:
-    """Names of modules: `from a import b` counts as a and as a.b."""
-    names: set[str] = set()
-    for node in nodes_of(ast.parse(path.read_text(encoding="utf-8")), while_type_checking):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
-
-
-def nodes_of(node: ast.AST, while_type_checking: bool):
-    """All nodes; on request without those for type checkers alone."""
-    yield node
-    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not while_type_checking:
-        return
-    for child in ast.iter_child_nodes(node):
-        yield from nodes_of(child, while_type_checking)
-
-
-def name_of(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
-
-
 def own(names: set[str]) -> set[str]:
     return {name for name in names if name.split(".")[0] in FOLDERS}
 
@@ -98,6 +80,15 @@ def test_imports_point_to_the_left(path):
     folder = path.relative_to(ROOT).parts[0]
     allowed = FOLDERS[: FOLDERS.index(folder) + 1]
     wrong = {name for name in own(imports_of(path)) if name.split(".")[0] not in allowed}
+    assert not wrong, f"{name_of(path)} imports {wrong}; it may import {allowed}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*/*.py")), ids=name_of)
+def test_rooms_of_launch_are_entered_from_the_right_alone(path):
+    own_room = path.parent.name
+    (position,) = (index for index, rooms in enumerate(ROOMS_OF_LAUNCH) if own_room in rooms)
+    allowed = {own_room}.union(*ROOMS_OF_LAUNCH[:position])
+    wrong = {name for name in imports_of(path) if name.startswith("launch.") and name.split(".")[1] not in allowed}
     assert not wrong, f"{name_of(path)} imports {wrong}; it may import {allowed}"
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from conf.model_shapes import PUBLISHED, model_shape
 from conf.schema import ConfigError
+from launch import plan
 from launch.forecast.config import read_plan_config
 from launch.forecast.forecast import Forecast
 from launch.forecast.forecast import forecast as forecast_of
@@ -147,11 +148,17 @@ def test_prints_bytes_and_times():
     ],
     ids=lambda value: " ".join(value)[:40],
 )
-def test_what_cannot_be_planned_is_refused_in_one_message(overrides, words):
-    result = run(*overrides)
+def test_what_cannot_be_planned_is_refused_in_one_message(capsys, overrides, words):
+    assert plan.main(overrides) == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    assert all(word in errors for word in words), errors
+
+
+def test_the_program_ends_with_the_code_of_its_refusal():
+    result = run("hardware=abacus")
     assert result.returncode == 2
-    assert "Traceback" not in result.stderr
-    assert all(word in result.stderr for word in words), result.stderr
+    assert result.stderr.startswith("tierforce: ") and "abacus" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["plan", "bench", "analyze", "widen", "measure.gpu"])

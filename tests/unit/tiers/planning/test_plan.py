@@ -20,9 +20,10 @@ from conf.schema import (
     FullCacheConfig,
     FullCacheTier,
 )
-from launch.assembly.engine import build, prepare
+from launch.assembly.engine import build
+from launch.assembly.prepare import prepare
 from tests.support.tiny_models import random_prompt, save_checkpoint, tiny_config
-from tests.support.tiny_runs import tiny_run
+from tests.support.tiny_runs import task_for, tiny_run
 from tiers import pinned_host_tier
 from tiers.base import CacheShape
 from tiers.planning import memory
@@ -311,7 +312,7 @@ def test_a_plan_that_does_not_fit_is_refused_before_any_weight_is_read(folder, m
     config.placement.device_memory_gib = 1e-4
     monkeypatch.setattr("launch.assembly.role_builder.load_model", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(ConfigError, match=r"a context of 750 tokens needs 0\.\d+ GiB"):
-        build(config, prepare(config), random_prompt(600), max_new_tokens=150, seed=0)
+        build(task_for(config, random_prompt(600), 150))
 
 
 @pytest.mark.parametrize(
@@ -338,7 +339,7 @@ def test_memory_that_is_not_there_after_all_is_a_configuration_error(folder, mon
     monkeypatch.setattr(pinned_host_tier, "torch", SimpleNamespace(empty=no_memory))
     monkeypatch.setattr("os.posix_fallocate", no_disk)
     with pytest.raises(ConfigError) as caught:
-        build(config, prepared, random_prompt(600), max_new_tokens=150, seed=0)
+        build(task_for(config, random_prompt(600), 150, prepared=prepared))
     assert all(word in str(caught.value) for word in [*words, "prompt.max_tokens"])
 
 

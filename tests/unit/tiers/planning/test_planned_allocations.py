@@ -39,12 +39,14 @@ from conf.schema import (
     TiersConfig,
 )
 from launch.assembly import caches
-from launch.assembly.engine import build, plan_input_for, prepare
+from launch.assembly.engine import plan_input_for
+from launch.assembly.prepare import prepare
 from launch.assembly.role_builder import RoleBuilder
 from launch.assembly.sizing import FreeBytes
 from tests.support import fake_cuda
 from tests.support.recorded_allocations import Allocations
 from tests.support.tiny_models import random_prompt, save_checkpoint, tiny_config
+from tests.support.tiny_runs import engine_for, task_for
 from tiers.base import CacheShape
 from tiers.planning.parts import RETRIEVAL_PARTS, Part
 from tiers.planning.plan import MemoryPlan, make_plan
@@ -217,7 +219,7 @@ def differences(plan: MemoryPlan, shape: CacheShape, allocations: Allocations) -
 def test_planned_bytes_are_those_that_the_engine_takes(folders, monkeypatch, name):
     config, allocations = run_config(folders, **CONFIGURATIONS[name]), Allocations(monkeypatch)
     prepared = prepare(config)
-    with closing(build(config, prepared, random_prompt(NUM_PROMPT), NUM_NEW, seed=0)) as engine:
+    with engine_for(config, random_prompt(NUM_PROMPT), NUM_NEW, prepared=prepared) as engine:
         plan, hierarchy = engine.plan, engine.hierarchy
         hierarchy.start()
         for _ in range(NUM_ROUNDS):
@@ -276,7 +278,7 @@ def built_with_gpu(config: RunConfig) -> RoleBuilder:
     """With a plan for a machine whose device has memory of its own."""
     prepared, plenty = prepare(config), 1 << 40
     free = FreeBytes(device=plenty, host=plenty, disk=plenty, device_is_host=False)
-    inputs = plan_input_for(config, prepared, max_tokens=NUM_PROMPT + NUM_NEW, max_new_tokens=NUM_NEW, free=free)
+    inputs = plan_input_for(task_for(config, random_prompt(NUM_PROMPT), NUM_NEW, prepared=prepared), free)
     return RoleBuilder(config, prepared.target, prepared.device, make_plan(inputs, config.cache), seed=0)
 
 
@@ -314,7 +316,7 @@ def test_negative_control_a_size_that_is_changed_in_a_builder_alone_is_found(fol
     allocations = Allocations(monkeypatch)
     monkeypatch.setattr(caches, maker, lambda sizes, *rest: make(changed(sizes), *rest))
     prepared = prepare(config)
-    with closing(build(config, prepared, random_prompt(NUM_PROMPT), NUM_NEW, seed=0)) as engine:
+    with engine_for(config, random_prompt(NUM_PROMPT), NUM_NEW, prepared=prepared) as engine:
         found = differences(engine.plan, prepared.target.cache_shape, allocations)
     assert any(line.startswith(part) for line in found), found
 
