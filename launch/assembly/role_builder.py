@@ -24,9 +24,9 @@ from tiers.planning.sizes import TierName
 from tiers.quantised_retrieval_cache import QuantisedRetrievalCache
 from tiers.retrieval.rule import Pool, not_pooled
 from tiers.retrieval.selection import RetrievalSelection
-from tiers.retrieval_cache import RetrievalCache, RetrievalUpdate
+from tiers.retrieval_cache import RetrievalUpdate
 from tiers.streaming_llm_cache import StreamingLLMCache
-from workers.acceptance import GumbelCoupling, KeyedRandom, MaximalCoupling, make_coupling
+from workers.acceptance import KeyedRandom, LevelCoupling, make_coupling
 from workers.drafter import Drafter
 from workers.lookup_drafter import LookupDrafter
 from workers.models.causal_model import CausalModel, DraftingModel
@@ -44,7 +44,8 @@ from workers.target_verifier import TargetVerifier
 
 UpdateT = TypeVar("UpdateT")
 LEVEL_DRAFTER, LEVEL_RETRIEVAL, LEVEL_TARGET = 1, 2, 3
-DraftCache = StreamingLLMCache | RetrievalCache | QuantisedRetrievalCache
+DraftCache = StreamingLLMCache | RetrievalKVCache
+"""Cache of a draft level."""
 
 
 class RoleBuilder:
@@ -136,9 +137,10 @@ class RoleBuilder:
 
     def _load(self, facts: ModelFacts, all_reduce: AllReduce | None = None, *, layer_major: bool = True) -> CausalModel:
         self.weight_bytes += facts.num_weight_bytes
-        how = {"self_check": self.config.model.self_check, "layer_major": layer_major}
-        self.models.append(load_model(facts, self.device, all_reduce=all_reduce, **how))
-        return self.models[-1]
+        self_check = self.config.model.self_check
+        model = load_model(facts, self.device, self_check=self_check, layer_major=layer_major, all_reduce=all_reduce)
+        self.models.append(model)
+        return model
 
     # ---- Roles. ----
 
@@ -217,14 +219,14 @@ class RoleBuilder:
         """Likely tokens beside the drafted ones are named, for what is drafted after each of them."""
         return self.config.decoding.overlap is Overlap.outcomes
 
-    def _coupling(self, level: int) -> MaximalCoupling | GumbelCoupling:
+    def _coupling(self, level: int) -> LevelCoupling:
         # Numbers are keyed: a source for each role, which roles in threads of their own need, draws what one would.
         random = self._random or KeyedRandom(self._seed)
         return make_coupling(self.config.sampling, random, level, is_last=level == LEVEL_TARGET)
 
     # ---- Caches. ----
 
-    def retrieval_cache(self, tier: Tier) -> RetrievalCache | QuantisedRetrievalCache:
+    def retrieval_cache(self, tier: Tier) -> RetrievalKVCache:
         """The retrieval cache, in `tier`."""
         return caches.retrieval_cache(self.sizes, self.target_facts.cache_shape, tier)
 

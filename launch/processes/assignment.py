@@ -33,7 +33,6 @@ class Assignment(msgspec.Struct, kw_only=True, frozen=True):
     num_threads: int
     """Threads that it computes with on a CPU."""
     seed: int
-    max_new_tokens: int
     plan: MemoryPlan
     shard_rank: int = 0
     shard_size: int = 1
@@ -74,7 +73,6 @@ def make_assignments(
             dtype=Dtype(str(task.prepared.target.dtype).removeprefix("torch.")),
             num_threads=num_threads,
             seed=task.seed,
-            max_new_tokens=task.max_new_tokens,
             plan=plans[rank],
             shard_rank=placement.verifier_ranks.index(rank) if is_verifier else 0,
             shard_size=placement.tensor_parallel if is_verifier else 1,

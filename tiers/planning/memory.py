@@ -93,7 +93,7 @@ def num_idle_cores() -> int:
     """
     mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     busy_percent = psutil.cpu_percent(interval=0.25, percpu=True)
-    num_idle = len(mine) - sum(percent for core, percent in enumerate(busy_percent) if core in mine) / 100
+    num_idle: float = len(mine) - sum(percent for core, percent in enumerate(busy_percent) if core in mine) / 100
     try:
         quota, period = (CGROUP / "cpu.max").read_text().split()
     except OSError:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from tiers.base import CacheShape, padded, padded_to_pages
+from tiers.base import PAGE_BYTES, CacheShape, padded, padded_to_pages
 from tiers.planning.sizes import PlanInput, RetrievalSizes, Sizes, TierName
 from tiers.quantisation import quantised_bytes
 from tiers.retrieval.rule import rule_class
@@ -81,8 +81,10 @@ def host_parts(inputs: PlanInput, sizes: Sizes) -> dict[Part, int]:
     block_bytes = sizes.block_shape(inputs.target_shape).num_bytes
     parts = {Part.full_cache: sizes.num_host_layers * sizes.num_blocks * block_bytes}
     if sizes.num_disk_layers:
-        # Of the thread that writes blocks and of the one that fetches chunks; others read to stream buffers.
-        parts[Part.page_buffers] = 2 * padded_to_pages(block_bytes)
+        # One for the thread that writes blocks and one for that which fetches chunks. Those that stream read straight
+        # into the buffers, unless a block does not fill its pages: then each block in flight has one, too.
+        in_flight = sizes.stream_buffers if block_bytes % PAGE_BYTES else 0
+        parts[Part.page_buffers] = (2 + in_flight) * padded_to_pages(block_bytes)
     if sizes.hidden_tier is TierName.host:
         parts[Part.hidden_states] = _hidden_bytes(inputs, sizes)
     if not inputs.device_is_host:

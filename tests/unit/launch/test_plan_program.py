@@ -53,6 +53,41 @@ def test_forecast_of_autoregressive_decoding_has_no_draft():
     assert made.round.seconds_per_token == pytest.approx(made.autoregressive_seconds)
 
 
+KNOWN = [
+    "hardware.device_gb_per_s=10",
+    "hardware.device_tflops=1",
+    "hardware.link_gb_per_s=10",
+    "hardware.disk_gb_per_s=1",
+    "hardware.device_memory_gib=4",
+    "hardware.host_memory_gib=4",
+    "hardware.disk_gib=100",
+]
+
+
+@pytest.mark.parametrize("name", ["this", "rtx4090"])
+def test_a_machine_that_is_renamed_has_the_same_plan(name):
+    settings = [f"hardware={name}", *KNOWN, "cache.full.tier=host"]
+    plans = [forecast(*settings, *more).plan for more in ([], ["hardware.name=abacus"], ["hardware.name=this machine"])]
+    assert plans[0] == plans[1] == plans[2]
+    assert (plans[0].sizes.hidden_tier == "host") == (name == "rtx4090"), "beside a GPU, the host has the hidden states"
+
+
+def test_device_and_host_are_one_memory_unless_the_machine_has_a_gpu():
+    settings = ["hardware=this", *KNOWN, "cache.full.tier=host"]
+    alone, beside = forecast(*settings).plan, forecast(*settings, "hardware.has_gpu=true").plan
+    assert (alone.sizes.hidden_tier, beside.sizes.hidden_tier) == ("device", "host")
+    need = sum(alone.totals[tier] for tier in ("device", "host")) / 2**30
+    tight = [f"hardware.{tier}_memory_gib={0.9 * need}" for tier in ("device", "host")]
+    assert forecast(*settings, "hardware.has_gpu=true", *tight).plan.sizes == beside.sizes
+    with pytest.raises(ConfigError, match="GiB on the host"):
+        forecast(*settings, *tight)
+
+
+def test_a_budget_of_more_than_the_prompt_is_cut_to_it_as_in_a_run():
+    made = forecast("model=llama3.1-8b", "hardware=h200", "prompt.max_tokens=1000", "cache.retrieval.budget=4096")
+    assert made.plan.sizes.retrieval.budget == 1000
+
+
 def test_parameters_of_published_models_are_those_in_their_names():
     sizes = {
         "NousResearch/Yarn-Llama-2-7b-128k": 6.74e9,

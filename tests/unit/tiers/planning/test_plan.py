@@ -1,15 +1,14 @@
-"""The memory plan fits, fills the device, refuses with numbers that are true, and is what the engine then takes."""
+"""The memory plan fits, fills the device, and refuses with numbers that are true, before anything is loaded."""
 
 from __future__ import annotations
 
 import errno
 import re
-import tempfile
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -17,23 +16,14 @@ from hypothesis import strategies as st
 
 from conf.schema import (
     CacheConfig,
-    ChunkDtype,
     ConfigError,
-    DecodingConfig,
-    Dtype,
     FullCacheConfig,
     FullCacheTier,
-    Mode,
-    ModelConfig,
-    PlacementConfig,
-    RetrievalCacheConfig,
-    RunConfig,
-    StreamingCacheConfig,
 )
 from launch.assembly.engine import build
 from launch.assembly.prepare import prepare
 from tests.support.tiny_models import random_prompt, save_checkpoint, tiny_config
-from tests.support.tiny_runs import task_for
+from tests.support.tiny_runs import task_for, tiny_run
 from tiers import pinned_host_tier
 from tiers.base import CacheShape
 from tiers.planning import memory
@@ -313,88 +303,12 @@ def test_blocks_are_a_power_of_two_of_at_most_8_mib_and_an_eighth_of_the_context
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    """Checkpoints of three families."""
-    root = tmp_path_factory.mktemp("models")
-    return {
-        name: save_checkpoint(root / name, tiny_config(name, max_position_embeddings=4096))
-        for name in ("llama", "qwen2", "gemma2")
-    }
+def folder(tmp_path_factory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("model"), tiny_config("llama", max_position_embeddings=4096))
 
 
-def run_config(folders, *, target="llama", drafter="llama", mode=Mode.triforce, retrieval=None, **full) -> RunConfig:
-    return RunConfig(
-        model=ModelConfig(
-            target=str(folders[target]),
-            drafter=drafter if drafter in ("lookup", "none") else str(folders[drafter]),
-            dtype=Dtype.float32,
-            self_check=False,
-        ),
-        decoding=DecodingConfig(mode=mode),
-        cache=CacheConfig(
-            full=FullCacheConfig(**full),
-            retrieval=RetrievalCacheConfig(**({"budget": 128} | (retrieval or {}))),
-            streaming=StreamingCacheConfig(sinks=2, window=100),
-        ),
-        placement=PlacementConfig(device="cpu"),
-        output=tempfile.gettempdir(),  # where files of the disk tier are, without a name
-    )
-
-
-CONFIGURATIONS = {
-    "device": {"tier": FullCacheTier.device},
-    "auto": {},
-    "host": {"tier": FullCacheTier.host},
-    "host, small blocks": {"tier": FullCacheTier.host, "block_tokens": "16"},
-    "host, odd blocks, five buffers": {"tier": FullCacheTier.host, "block_tokens": "37", "stream_buffers": 5},
-    "host, no complete block": {"tier": FullCacheTier.host, "block_tokens": "4096"},
-    "host, a tail longer than its block": {"tier": FullCacheTier.host, "block_tokens": "48"},
-    "disk": {"tier": FullCacheTier.disk, "block_tokens": "32"},
-    "disk and host": {"tier": FullCacheTier.disk, "host_layers": "1", "block_tokens": "16"},
-    "host and device": {"device_layers": "1", "block_tokens": "64"},
-    "lookup": {"tier": FullCacheTier.host, "block_tokens": "32", "drafter": "lookup"},
-    "no drafter": {"mode": Mode.retrieval, "drafter": "none", "device_layers": "1"},
-    "streaming": {"mode": Mode.streaming, "tier": FullCacheTier.host, "block_tokens": "32"},
-    "autoregressive": {"mode": Mode.autoregressive, "tier": FullCacheTier.host, "block_tokens": "32"},
-    "budget above the prompt": {"retrieval": {"budget": 4096}},
-    "quantised chunks": {"retrieval": {"budget": 200, "dtype": ChunkDtype.int8}},
-    "chunks of 4 bits, host": {"tier": FullCacheTier.host, "retrieval": {"budget": 256, "dtype": ChunkDtype.int4}},
-    "odd chunks, never rebuilt": {"retrieval": {"budget": 130, "chunk_size": 13, "rebuild": "never"}},
-    "sliding windows": {"target": "gemma2", "drafter": "gemma2", "device_layers": "1", "block_tokens": "16"},
-    "tied weights": {"target": "qwen2", "drafter": "qwen2", "tier": FullCacheTier.host, "block_tokens": "16"},
-}
-NOT_FROM_TIERS = ("target weights", "drafter weights", "activations", "workspace", "places of chunks ahead")
-
-
-@pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_planned_bytes_are_those_that_the_engine_takes(folders, name):
-    config = run_config(folders, **CONFIGURATIONS[name])
-    prepared = prepare(config)
-    with closing(build(task_for(config, random_prompt(600), 150, prepared=prepared))) as engine:
-        used = {tier.name: tier.used_bytes for tier in (engine._builder.tiers.device, engine._builder.tiers.host)}
-        tier = config.cache.full.tier
-        wants_host = tier in (FullCacheTier.host, FullCacheTier.disk) or config.cache.full.device_layers != "auto"
-        assert (engine.plan.sizes.num_device_layers < prepared.target.cache_shape.num_layers) == wants_host
-        planned = engine.plan.device_bytes
-        assert used["device"] == sum(size for what, size in planned.items() if what not in NOT_FROM_TIERS)
-        from_host_tier = engine.plan.totals["host"] - engine.plan.host_bytes.get("page buffers", 0)
-        assert used["host"] == from_host_tier
-        weights = engine._target._model.hf_model.parameters()
-        assert planned["target weights"] == sum(parameter.nbytes for parameter in weights)
-        report = engine.memory_report()
-        for name_of_tier in ("device", "host", "disk"):
-            assert report[name_of_tier]["planned_bytes"] == engine.plan.totals[name_of_tier]
-        passing = sum(planned.get(what, 0) for what in ("activations", "workspace", "places of chunks ahead"))
-        assert report["device"]["peak_bytes"] == report["device"]["planned_bytes"] - passing
-        assert report["host"]["peak_bytes"] == from_host_tier
-        assert report["disk"]["peak_bytes"] == report["disk"]["planned_bytes"]
-        assert (report["disk"]["planned_bytes"] > 0) == (tier is FullCacheTier.disk)
-        in_process = engine.plan.totals["device"] + engine.plan.totals["host"]
-        assert report["process"]["planned_bytes"] > in_process and report["process"]["peak_bytes"] > in_process
-
-
-def test_a_plan_that_does_not_fit_is_refused_before_any_weight_is_read(folders, monkeypatch):
-    config = run_config(folders)
+def test_a_plan_that_does_not_fit_is_refused_before_any_weight_is_read(folder, monkeypatch):
+    config = tiny_run(folder, folder)
     config.placement.device_memory_gib = 1e-4
     monkeypatch.setattr("launch.assembly.role_builder.load_model", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(ConfigError, match=r"a context of 750 tokens needs 0\.\d+ GiB"):
@@ -411,7 +325,7 @@ def test_a_plan_that_does_not_fit_is_refused_before_any_weight_is_read(folders, 
         (FullCacheTier.disk, ["disk tier", "GiB", "No space left"]),
     ],
 )
-def test_memory_that_is_not_there_after_all_is_a_configuration_error(folders, monkeypatch, tier, words):
+def test_memory_that_is_not_there_after_all_is_a_configuration_error(folder, monkeypatch, tier, words):
     """A limit that no plan can see: of page-locked memory, or a quota of the disk."""
 
     def no_memory(*args, **kwargs):
@@ -420,7 +334,7 @@ def test_memory_that_is_not_there_after_all_is_a_configuration_error(folders, mo
     def no_disk(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    config = run_config(folders, tier=tier, block_tokens="16")
+    config = tiny_run(folder, folder, tier=tier)
     prepared = prepare(config)
     monkeypatch.setattr(pinned_host_tier, "torch", SimpleNamespace(empty=no_memory))
     monkeypatch.setattr("os.posix_fallocate", no_disk)
@@ -463,6 +377,13 @@ def test_the_memory_of_the_process_is_what_the_system_counts():
     del block
     # The system keeps its counts by the batch, of some dozens of pages for each processor.
     assert memory.process_bytes()[1] > 0.99 * peak > 0.98 * with_block
+
+
+def test_a_plan_reaches_another_process_as_it_is():
+    inputs = replace(INPUTS, retrieval=RetrievalSizes(budget=512, tail_tokens=88, bits=8, is_rebuilt=True))
+    plan = make_plan(inputs, cache_config(tier=FullCacheTier.host))
+    sent = msgspec.msgpack.encode(msgspec.to_builtins(plan))
+    assert msgspec.convert(msgspec.msgpack.decode(sent), MemoryPlan) == plan
 
 
 def test_where_there_is_no_room_to_collect_chunks_they_are_fetched():
