@@ -141,7 +141,7 @@ def main(argv: list[str]) -> int:
     if guard.PIPE in os.environ or guard.ENDPOINTS in os.environ:
         worker_process.build = InstantRoles
         return worker_process.main()
-    if os.environ["RANK"] != "0":
+    if os.environ.get("RANK", "0") != "0":
         guard.WORKER_PROGRAM = Path(__file__)
         return run.main([])
     measure(compose_program("measure_messages", argv, "launch/measure/messages.py"))

@@ -44,7 +44,7 @@ OVERLAP_HEADS = (
 )
 
 Build = Callable[..., Any]
-"""As launch.assembly.engine.build."""
+"""A function like launch.assembly.engine.build."""
 
 
 @contextmanager
