@@ -1,8 +1,15 @@
-"""No network, and one core: the environment is set before torch and transformers are imported."""
+"""No network, and one core: the environment is set before torch and transformers are imported.
+
+With -n, a file's tests stay with one worker, since they share what the file's fixtures make; all tests over several
+processes stay with one, too, so that no two runs with deadlines take each other's cores. The long ones come first.
+"""
 
 import os
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+LONG_FIRST = ("tests/multiprocess/", "tests/lossless/", "tests/unit/launch/")
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -10,6 +17,26 @@ os.environ |= {
     "TRANSFORMERS_VERBOSITY": "error",
     "OMP_NUM_THREADS": "1",
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        return next(
+            (index for index, folder in enumerate(LONG_FIRST) if item.nodeid.startswith(folder)), len(LONG_FIRST)
+        )
+
+    items.sort(key=place)
+
+
+class FileByFile(LoadScopeScheduling):
+    """Hands out whole files, and all of tests/multiprocess as one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return LONG_FIRST[0] if nodeid.startswith(LONG_FIRST[0]) else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log) -> FileByFile:
+    return FileByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -13,19 +13,22 @@ from functools import partial
 
 import torch
 
-from conf.schema import ChunkDtype, ChunkRule, SamplingConfig
+from conf.schema import ChunkDtype, RetrievalRuleName, SamplingConfig
 from launch.assembly.sizing import PIECE_TOKENS
 from tiers.base import Tier
 from tiers.full_cache import DeviceLayer, FullCache
 from tiers.quantised_retrieval_cache import make_retrieval_cache
-from tiers.retrieval.attention_rule import DECAY, AttentionMass
+from tiers.retrieval.attention_rule import DECAY, AttentionRule
 from tiers.retrieval.context_summary import ContextSummary
-from tiers.retrieval.mean_key_rule import ChunkIndex, best_chunks
+from tiers.retrieval.mean_key_rule import MeanKeyRule
+from tiers.retrieval.rule import MassObserver, rule_class
 from tiers.retrieval.selection import RetrievalSelection
 from tiers.retrieval_cache import LayerUpdate
 from workers.acceptance import distribution
-from workers.models.cached_models import CausalModel, RetrievalModel, TargetModel
-from workers.models.pretrained import ModelFacts
+from workers.models.causal_model import CausalModel
+from workers.models.facts import ModelFacts
+from workers.models.retrieval_model import RetrievalModel
+from workers.models.target_model import TargetModel
 
 PAGE_BOUND, ORACLE, TOP_K, HEAVY_HITTER = "page_bound", "oracle", "top_k", "heavy_hitter"
 FORESEEING = (ORACLE, TOP_K)
@@ -34,7 +37,7 @@ WATCHED_MAX_BYTES = 256 << 20
 """Of attention weights at once, all heads over all keys, while a prompt is read."""
 
 
-class PageBound(ChunkIndex):
+class PageBound(MeanKeyRule):
     """Quest's rule (arXiv 2406.10774, section 3.3): of a chunk, the highest score that a key within the bounds of its
     keys could have."""
 
@@ -46,15 +49,15 @@ class PageBound(ChunkIndex):
         ]
         self._bounds = [(k.amin(2).float(), k.amax(2).float()) for k in chunks]
 
-    def select(self, layer, q, num_chunks, num_wanted, num_newest, oldest=0):
-        """See ChunkRule."""
+    def scores(self, layer: int, q: torch.Tensor, num_chunks: int) -> torch.Tensor:
+        """See RetrievalRule."""
         low, high = (bound[:, :num_chunks].transpose(1, 2) for bound in self._bounds[layer])
         q = q.flatten(1, 2).float()
         scores = (q.clamp_min(0) @ high + q.clamp_max(0) @ low) * q.shape[-1] ** -0.5
-        return best_chunks(torch.softmax(scores, -1).mean(1), num_wanted, num_newest, oldest // self.chunk_size)
+        return torch.softmax(scores, -1).mean(1)
 
 
-class TotalMass(AttentionMass):
+class TotalMass(AttentionRule):
     """The attention of all queries since the last reset, none forgotten.
 
     Over a whole sequence these are the heavy hitters of H2O (arXiv 2306.14048), here from the full attention of every
@@ -64,11 +67,10 @@ class TotalMass(AttentionMass):
     def __init__(self, *args):
         super().__init__(*args, decay=1.0)
 
-    def select(self, layer, q, num_chunks, num_wanted, num_newest, oldest=0):
-        """See ChunkRule."""
+    def scores(self, layer: int, q: torch.Tensor, num_chunks: int) -> torch.Tensor:
+        """See RetrievalRule."""
         mass = self._mass[layer, :, :num_chunks]
-        scores = mass / mass.sum(1, keepdim=True).clamp_min(1e-9)
-        return best_chunks(scores, num_wanted, num_newest, oldest // self.chunk_size)
+        return mass / mass.sum(1, keepdim=True).clamp_min(1e-9)
 
     def remember(self) -> None:
         self._remembered = self._mass.clone()
@@ -77,12 +79,16 @@ class TotalMass(AttentionMass):
         self._mass.copy_(self._remembered)
 
 
-class WatchedMass(AttentionMass):
+class WatchedMass(AttentionRule):
     """Not a rule but an ear: the target tells it each token's attention, and it tells `listen(layer, mass)`."""
 
     def __init__(self, *args, listen: Callable[[int, torch.Tensor], None]):
         super().__init__(*args)
-        self.add = listen
+        self._listen = listen
+
+    @property
+    def mass_observer(self) -> MassObserver:
+        return self._listen
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +98,7 @@ class DraftCache:
     name: str
     budget: int
     rule: str
-    """A ChunkRule, page_bound, heavy_hitter, or one that foresees: oracle (chunks) or top_k (tokens)."""
+    """A RetrievalRuleName, page_bound, heavy_hitter, or one that foresees: oracle (chunks) or top_k (tokens)."""
     newest_share: float = 0.5
     summarises: bool = False
     dtype: ChunkDtype = ChunkDtype.auto
@@ -137,10 +143,9 @@ class DraftComparison:
         shape, capacity = facts.cache_shape, config.capacity
         self._cache = FullCache([DeviceLayer(shape, capacity, tier) for _ in facts.windows], facts.windows, None)
         of_chunks, of_tokens = (shape, capacity, config.chunk_size, tier), (shape, capacity, 1, tier)
-        make_rule = {
+        make_rule = {name: partial(rule_class(name), *of_chunks) for name in RetrievalRuleName} | {
             # Here tokens come one by one: an older token counts for as much less as it does in whole rounds.
-            ChunkRule.attention: lambda: AttentionMass(*of_chunks, decay=DECAY ** (1 / config.rounds_of)),
-            ChunkRule.mean_key: lambda: ChunkIndex(*of_chunks),
+            RetrievalRuleName.attention: lambda: AttentionRule(*of_chunks, decay=DECAY ** (1 / config.rounds_of)),
             PAGE_BOUND: lambda: PageBound(*of_chunks),
             ORACLE: lambda: TotalMass(*of_chunks),
             TOP_K: lambda: TotalMass(*of_tokens),
@@ -169,7 +174,7 @@ class DraftComparison:
             selection=RetrievalSelection(self._cache, ear, facts.windows, 0, 0.0, self._summary),
         )
         if HEAVY_HITTER in self._rules:
-            self._target.observe_prompt_mass = self._hear_prompt
+            self._target.prompt_observers = replace(self._target.prompt_observers, on_mass=self._hear_prompt)
         self._queries: dict[int, list[torch.Tensor]] = {}
         self._listen, self._num_read = self._hear_token, 0
         self.watchers: list[Callable[[int, torch.Tensor], None]] = []
@@ -284,8 +289,8 @@ class DraftComparison:
         """The attention [H, >= N] of a token that the target reads."""
         mass = mass[:, : self._cache.length + 1]
         for rule in self._rules.values():
-            if isinstance(rule, AttentionMass):
-                rule.add(layer, sums_of_chunks(mass, rule.chunk_size))
+            if (observe_mass := rule.mass_observer) is not None:
+                observe_mass(layer, sums_of_chunks(mass, rule.chunk_size))
         for watcher in self.watchers:
             watcher(layer, mass)
 

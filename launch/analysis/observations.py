@@ -8,19 +8,19 @@ from statistics import fmean
 
 import torch
 
-from conf.schema import NO_DRAFTER, ChunkRule, DecodingConfig, Mode, PromptConfig, RunConfig, require
+from conf.schema import NO_DRAFTER, DecodingConfig, Mode, PromptConfig, RetrievalRuleName, RunConfig, require
 from launch.analysis.attention_recovery import FactRecovery, Locality, Recovery
 from launch.analysis.config import AnalyzeConfig, said_of_document
 from launch.analysis.draft_comparison import HEAVY_HITTER, TOP_K, ComparisonConfig, DraftCache, DraftComparison
 from launch.analysis.needle_prompt import NeedlePrompt, Question, make_needle_prompt
-from launch.assembly.engine import prepare
+from launch.assembly.prepare import prepare
 from launch.prompts.needle import NeedleForm, make_facts
 from launch.prompts.prompt import read_prompt, read_text
 from tiers.device_tier import DeviceTier
 from workers.acceptance import KeyedRandom
-from workers.models.pretrained import load_model
+from workers.models.loading import load_model
 
-MEAN_KEY, ATTENTION, WINDOW = str(ChunkRule.mean_key), str(ChunkRule.attention), "recent_window"
+MEAN_KEY, ATTENTION, WINDOW = str(RetrievalRuleName.mean_key), str(RetrievalRuleName.attention), "recent_window"
 CACHES = (TOP_K, ATTENTION, MEAN_KEY, HEAVY_HITTER, WINDOW)
 """Held against each other at every budget."""
 CHARS_PER_TOKEN = 16

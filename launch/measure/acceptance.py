@@ -26,7 +26,6 @@ from hydra.core.config_store import ConfigStore
 from conf.schema import (
     CacheConfig,
     ChunkDtype,
-    ChunkRule,
     ConfigError,
     DecodingConfig,
     Dtype,
@@ -34,6 +33,7 @@ from conf.schema import (
     Mode,
     ModelConfig,
     RetrievalCacheConfig,
+    RetrievalRuleName,
     RunConfig,
     SamplingConfig,
     StreamingCacheConfig,
@@ -48,7 +48,7 @@ from launch.analysis.draft_comparison import (
     DraftCache,
     DraftComparison,
 )
-from launch.assembly.engine import Prepared, prepare
+from launch.assembly.prepare import Prepared, prepare
 from launch.command_line.outcome import ExitCode
 from launch.command_line.overrides import compose_program
 from launch.command_line.program import program
@@ -56,12 +56,13 @@ from launch.command_line.tables import markdown_table, write_atomically
 from tiers.device_tier import DeviceTier
 from tiers.streaming_llm_cache import StreamingLLMCache
 from workers.acceptance import KeyedRandom, distribution
-from workers.models.cached_models import CausalModel, StreamingModel
-from workers.models.pretrained import load_model
+from workers.models.causal_model import CausalModel
+from workers.models.loading import load_model
+from workers.models.streaming_model import StreamingModel
 
 RETRIEVAL, CHOSEN, RECENT, DRAFTER = "retrieval", "chosen chunks alone", "recent window", "drafter"
 KINDS = (RETRIEVAL, CHOSEN, RECENT, DRAFTER)
-RULES = (*ChunkRule, PAGE_BOUND, ORACLE, TOP_K, HEAVY_HITTER)
+RULES = (*RetrievalRuleName, PAGE_BOUND, ORACLE, TOP_K, HEAVY_HITTER)
 SINKS, SPARE_TOKENS = 4, 64
 """First tokens that the drafter's StreamingLLM cache keeps, and slots that it has for tokens in flight."""
 MAX_CHARS_PER_TOKEN = 16

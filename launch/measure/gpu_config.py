@@ -10,7 +10,7 @@ from hydra.core.config_store import ConfigStore
 from conf.schema import require
 
 
-class Cell(StrEnum):
+class GpuPart(StrEnum):
     """A part of the measurement, in the order in which they are measured."""
 
     copies = "copies"
@@ -24,7 +24,7 @@ class Cell(StrEnum):
 class MeasureGpuConfig:
     """One measurement; the defaults are for 80 GB on the device and 128 GB on the host."""
 
-    cells: list[str] = field(default_factory=lambda: list(Cell))
+    cells: list[str] = field(default_factory=lambda: list(GpuPart))
     """Parts to measure."""
     deadline_s: float = 500.0
     """Seconds from the start; nothing is begun that would end later."""
@@ -61,7 +61,7 @@ class MeasureGpuConfig:
 
     def __post_init__(self) -> None:
         for cell in self.cells:
-            require(cell in list(Cell), "cells", cell, f"of {', '.join(Cell)}")
+            require(cell in list(GpuPart), "cells", cell, f"of {', '.join(GpuPart)}")
         require(self.repetitions >= 1, "repetitions", self.repetitions, ">= 1")
         require(self.sample_tokens >= 4, "sample_tokens", self.sample_tokens, ">= 4")
         require(self.deadline_s > 0, "deadline_s", self.deadline_s, "above 0")

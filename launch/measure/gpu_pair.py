@@ -22,7 +22,7 @@ from conf.schema import (
 )
 from launch.demo_pair.checkpoint import Fill, WidenConfig, Widened, widen
 from launch.measure.gpu_config import MeasureGpuConfig
-from workers.models.cached_models import CausalModel
+from workers.models.causal_model import CausalModel
 
 MAX_POSITIONS = 131_072
 """Positions of the target in all parts, whatever their context: so it is loaded once."""

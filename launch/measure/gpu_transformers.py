@@ -5,9 +5,10 @@ from __future__ import annotations
 from statistics import median
 
 import torch
+from transformers import GenerationMixin
 
 from conf.schema import ConfigError, FullCacheConfig
-from launch.assembly.engine import prepare
+from launch.assembly.prepare import prepare
 from launch.command_line.timing import now
 from launch.measure.gpu_results import Cells
 from launch.measure.gpu_setting import Setting
@@ -29,6 +30,7 @@ def measure_transformers(setting: Setting) -> None:
     prompt = read_prompt(run_config.prompt, prepared.tokenizer)
     model, times = setting.pair.target.hf_model, TokenTimes(device)
     model.set_attn_implementation("sdpa")
+    assert isinstance(model, GenerationMixin)
     with torch.inference_mode():
         ids = torch.tensor([prompt], device=device)
         model.generate(

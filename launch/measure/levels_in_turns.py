@@ -6,15 +6,20 @@ and with it what is accepted, which repetitions even out.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from conf.schema import CudaGraphs, RunConfig
-from launch.assembly.engine import Prepared, make_hierarchy, make_session, memory_plan, memory_shortage_as_config_error
+from launch.assembly.engine import make_hierarchy, memory_plan, memory_shortage_as_config_error
+from launch.assembly.prepare import Prepared
 from launch.assembly.role_builder import RoleBuilder
+from launch.assembly.task import Task
 from launch.command_line.timing import now
-from orchestrator.hierarchy import Round
+from orchestrator.round import Round
+from workers.attention.forward_pass import NOBODY
 from workers.messages import Draft
-from workers.models.cached_models import CausalModel
+from workers.models.causal_model import CausalModel
 
 WARM_UP_ROUNDS, FIRST_ROUNDS = 1, 3
 """Rounds that are not counted; the first ones of a way record its graphs."""
@@ -69,19 +74,17 @@ class LevelsInTurns:
         max_new_tokens: int,
     ):
         config = replace(config, decoding=replace(config.decoding, cuda_graphs=CudaGraphs.on))
-        self.plan = memory_plan(config, prepared, len(prompt) + max_new_tokens, max_new_tokens)
+        seed = config.sampling.seed or 0
+        task = Task(config=config, prepared=prepared, prompt_ids=prompt, max_new_tokens=max_new_tokens, seed=seed)
+        self.plan = memory_plan(task)
         self._device = prepared.device
         self._warm: set[tuple[int, bool]] = set()
         with memory_shortage_as_config_error(config):
-            seed = config.sampling.seed or 0
-            self._builder = RoleBuilder(
-                config, prepared.target, prepared.device, self.plan, seed=seed, max_new_tokens=max_new_tokens
-            )
+            self._builder = RoleBuilder(config, prepared.target, prepared.device, self.plan, seed=seed)
             self.target = target or self._builder.load_target()
             self._verifier, self._target_model = self._builder.verifier(self.target)
             self._hierarchy = make_hierarchy(
-                config,
-                make_session(config, prepared, prompt, max_new_tokens),
+                task,
                 verifier=self._verifier,
                 retriever=self._builder.retriever(self.target),
                 drafter=self._builder.drafter(prepared.drafter, self.target.vocab_size),
@@ -110,7 +113,7 @@ class LevelsInTurns:
     def autoregressive(self, num_tokens: int) -> Sample:
         """Decodes `num_tokens`, after one that warms up; then the other levels catch up, which is not counted."""
         tokens: list[int] = []
-        with self._target_model.alone():
+        with self._without_retrieval():
             tokens += self._verify_one()
             sample, before = Sample(num_rounds=num_tokens, num_tokens=num_tokens), self._streamed()
             began = now(self._device)
@@ -125,6 +128,21 @@ class LevelsInTurns:
         self._hierarchy.gamma2 = 0
         self._hierarchy.round()
         return sample
+
+    @contextmanager
+    def _without_retrieval(self) -> Iterator[None]:
+        """Within it, passes are those of a target without a retrieval level: a baseline on the same cache.
+
+        The retrieval level is to follow, not to be rebuilt, with the first pass afterwards.
+        """
+        target = self._target_model
+        observers, target.observers = target.observers, NOBODY
+        assert self._builder.full_cache is not None
+        self._builder.full_cache.drop_collections()
+        try:
+            yield
+        finally:
+            target.observers = observers
 
     def _verify_one(self) -> list[int]:
         verdict = self._verifier.verify(Draft())

@@ -14,14 +14,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.core.config_store import ConfigStore
 
 from conf.schema import PlacementConfig, PlacementKind, RunConfig, require
-from launch import run
 from launch.assembly.start_checks import world_size
 from launch.command_line.outcome import ExitCode
 from launch.command_line.overrides import compose_program
@@ -86,6 +84,9 @@ class InstantRoles:
         self.notes: list[str] = []
         self.shared: dict[str, Any] = {}
 
+    def attach(self, shared: dict[str, Any]) -> bool:
+        return True
+
     def report(self) -> dict[str, Any]:
         return {}
 
@@ -139,11 +140,9 @@ def _cells(crew: Crew, placement: Placement, vocab_size: int, config: MeasureMes
 @program
 def main(argv: list[str]) -> int:
     if guard.PIPE in os.environ or guard.ENDPOINTS in os.environ:
-        worker_process.build = InstantRoles
-        return worker_process.main()
+        return worker_process.main(InstantRoles)
     if os.environ.get("RANK", "0") != "0":
-        guard.WORKER_PROGRAM = Path(__file__)
-        return run.main([])
+        return guard.Guard(PlacementConfig().start_timeout_s, worker_module="launch.measure.messages").run()
     measure(compose_program("measure_messages", argv, "launch/measure/messages.py"))
     return ExitCode.done
 

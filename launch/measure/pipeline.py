@@ -17,19 +17,25 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from itertools import product
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from conf.schema import ConfigError, Coupling, Overlap, PlacementKind, RunConfig, require
-from launch import run
+from launch.assembly.session_run import make_seed
 from launch.assembly.start_checks import check_start, world_size
 from launch.command_line.outcome import ExitCode
-from launch.command_line.overrides import read_config
+from launch.command_line.overrides import read_config, start_timeout_s
 from launch.command_line.program import program
 from launch.command_line.tables import markdown_head, markdown_row
 from launch.command_line.timing import Stopwatch
+from launch.processes.guard import Guard
 from orchestrator.metrics import Metrics
 from orchestrator.placement import place
+
+if TYPE_CHECKING:
+    from launch.assembly.engine import Engine
+    from launch.assembly.task import Task
 
 ALWAYS = ["generation.ignore_eos=true", "placement.threads=1", "prompt.max_tokens=8192", "generation.max_new_tokens=96"]
 VERIFICATION = ["decoding.mode=retrieval", "cache.full.tier=device"]
@@ -43,39 +49,47 @@ OVERLAP_HEADS = (
     *("ahead: TBT, gain, hits", "outcomes: TBT, gain, hits"),
 )
 
-Build = Callable[..., Any]
+Build: TypeAlias = Callable[["Task"], "Engine"]
 """A function like launch.assembly.engine.build."""
 
 
 @contextmanager
 def builder(config: RunConfig) -> Iterator[Build]:
     """Builds runs one after another, in this process or in those of torchrun."""
-    from launch.assembly import engine
+    from launch.assembly.engine import build
     from launch.processes.company import Company
+    from launch.processes.remote_engine import build_remote
 
     placement = place(config.placement, world_size())
     if placement.kind is PlacementKind.inline:
-        yield engine.build
+        yield build
         return
     company = Company(config, placement, lambda line: print(line, file=sys.stderr))
     company.start()
     try:
-        yield company.build
+        yield partial(build_remote, company=company)
     finally:
         company.close()
 
 
 def measured(build: Build, overrides: list[str]) -> Metrics:
     """Makes one run, to its end."""
-    from launch.assembly.engine import prepare
+    from launch.assembly.prepare import prepare
+    from launch.assembly.task import Task
     from launch.prompts.prompt import read_prompt
 
     config = read_config([*ALWAYS, *overrides])
     prepared = prepare(config)
     prompt = read_prompt(config.prompt, prepared.tokenizer)
     metrics = Metrics(uses_drafter=config.uses_drafter, uses_retrieval=config.uses_retrieval)
-    engine = build(config, prepared, prompt, config.generation.max_new_tokens, config.sampling.seed)
-    with closing(engine):
+    task = Task(
+        config=config,
+        prepared=prepared,
+        prompt_ids=prompt,
+        max_new_tokens=config.generation.max_new_tokens,
+        seed=make_seed(config),
+    )
+    with closing(build(task)) as engine:
         hierarchy = engine.hierarchy
         advance = hierarchy.start
         while not hierarchy.session.is_finished:
@@ -164,7 +178,7 @@ def measure(argv: list[str], tables: Mapping[str, Table] = TABLES) -> None:
 @program
 def main(argv: list[str]) -> int:
     if os.environ.get("RANK", "0") != "0":
-        return run.main([])
+        return Guard(start_timeout_s([])).run()
     if {"--help", "-h"} & set(argv):
         print(__doc__)
         return ExitCode.done

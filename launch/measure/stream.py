@@ -25,7 +25,7 @@ import torch
 from hydra.core.config_store import ConfigStore
 
 from conf.schema import ConfigError, require
-from launch.assembly.role_builder import overlap
+from launch.assembly.role_builder import hidden_share
 from launch.command_line.outcome import ExitCode
 from launch.command_line.overrides import compose_program
 from launch.command_line.program import program
@@ -105,8 +105,8 @@ class Rates:
     """Share of the stream's seconds in which attention did not wait for it."""
 
 
-Source: TypeAlias = torch.Tensor | StoredBlock
-Stored: TypeAlias = tuple[list[Source], Callable[[], None]]
+BlockSource: TypeAlias = torch.Tensor | StoredBlock
+Stored: TypeAlias = tuple[list[BlockSource], Callable[[], None]]
 """Blocks of a tier, and a function that reads them plainly to the device."""
 
 
@@ -190,7 +190,7 @@ def measure(config: MeasureStreamConfig, tier: StoredIn, block_mib: int, num_buf
             before = (streamer.stats.seconds, streamer.stats.stall_seconds)
             seconds_of(stream_attended, device)
             after = (streamer.stats.seconds, streamer.stats.stall_seconds)
-            hidden.append(overlap(after[0] - before[0], after[1] - before[1]))
+            hidden.append(hidden_share(after[0] - before[0], after[1] - before[1]))
         streamer.close()
     del plain[0], streamed[0], hidden[0]  # the first one warms up
     ratios = [mine / other for mine, other in zip(streamed, plain, strict=True)]

@@ -192,6 +192,22 @@ def second_verifier_raises(rank: int, life: int) -> None:
     _before_a_verification(rank, 4, fail)
 
 
+def other_token_of_second_verifier(rank: int, life: int) -> None:
+    """Committed long ago, so that the verdict stays what it was: only the digest tells."""
+    from workers.target_verifier import TargetVerifier
+
+    verify, calls = TargetVerifier.verify, iter(range(1, 1 << 30))
+
+    def faulty(verifier, draft):
+        if next(calls) == SOON:
+            verifier.committed[0] ^= 1
+            verifier._num_digested = 0
+        return verify(verifier, draft)
+
+    if rank == 4:
+        TargetVerifier.verify = faulty
+
+
 def drafter_refuses_its_weights(rank: int, life: int) -> None:
     from conf.schema import ConfigError
     from launch.assembly.role_builder import RoleBuilder

@@ -2,7 +2,9 @@
 
 The ranks, their guards and workers are the real ones, in processes of their own that signals stop and kill; only the
 imports, seconds for each process, are spared. What torchrun does for a run, an agent does here: it starts the ranks,
-passes signals on, and ends all when one fails. tests/multiprocess/test_torchrun.py has the real torchrun.
+passes signals on, and ends all when one fails. test_torchrun.py and test_runs.py have the real torchrun.
+
+`run_many` has the same processes make one run after another; see many_runs.py.
 
 A test may change what a process does, before it begins, by a function `prepare(rank, life)`: `life` is 0 for the first
 process of a rank, 1 for the one that took its place, and so on; the orchestrator is rank 0, life -1.
@@ -19,13 +21,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from conf.schema import PlacementKind, RunConfig, to_plain
+from tests.multiprocess import many_runs
 from tests.multiprocess.process_group import PRELOADED
 
 MORE_PRELOADED = [
@@ -37,6 +43,7 @@ MORE_PRELOADED = [
 ]
 ORCHESTRATOR = -1
 DEADLINE_SECONDS = 60.0
+MANY_RUNS_SECONDS = 180.0
 Prepare = Callable[[int, int], None]
 
 
@@ -81,7 +88,8 @@ class ForkedRun:
     @property
     def pids(self) -> list[int]:
         """Of all processes that the run had."""
-        return [int(path.read_text()) for pattern in ("rank-*", "worker-*") for path in self.folder.glob(pattern)]
+        patterns = ("rank-*", "guard-*", "worker-*")
+        return [int(path.read_text()) for pattern in patterns for path in self.folder.glob(pattern)]
 
     def living(self) -> list[int]:
         return [pid for pid in self.pids if is_alive(pid)]
@@ -116,13 +124,48 @@ def start(
     absent: tuple[int, ...] = (),
 ) -> ForkedRun:
     """`prepare` is a function of a module: it is found there by its name. Ranks that are `absent` are never started."""
+    program = partial(_run_program, [*overrides, f"hydra.run.dir={folder / 'run'}"])
+    return _start(folder, program, num_ranks, prepare, absent)
+
+
+@dataclass(kw_only=True)
+class Case:
+    """One of several runs."""
+
+    config: RunConfig
+    prompt: list[int]
+    num_tokens: int
+    seed: int = 0
+
+
+def run_many(folder: Path, kind: PlacementKind, num_ranks: int, cases: dict[str, Case]) -> dict[str, Any]:
+    """What many_runs.py found out about each case, by name."""
+    told = {name: [to_plain(case.config), case.prompt, case.num_tokens, case.seed] for name, case in cases.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cases.json").write_text(json.dumps(told))
+    run = _start(folder, partial(many_runs.main, folder, kind), num_ranks)
+    try:
+        run.wait(MANY_RUNS_SECONDS)
+    finally:
+        run.end()
+    assert run.exit_codes == dict.fromkeys(range(num_ranks), 0), run.report()
+    return json.loads((folder / "results.json").read_text())
+
+
+def _start(
+    folder: Path,
+    program: Callable[[], int],
+    num_ranks: int,
+    prepare: Prepare = nothing,
+    absent: tuple[int, ...] = (),
+) -> ForkedRun:
+    """Every rank calls `program`, as each process of torchrun starts one."""
     multiprocessing.set_forkserver_preload(PRELOADED + MORE_PRELOADED)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("stdout", "stderr"):
         (folder / name).touch()
-    overrides = [*overrides, f"hydra.run.dir={folder / 'run'}"]
     agent = multiprocessing.get_context("forkserver").Process(
-        target=_agent, args=(folder, overrides, num_ranks, prepare, absent)
+        target=_agent, args=(folder, program, num_ranks, prepare, absent)
     )
     agent.start()
     return ForkedRun(folder, agent)
@@ -148,7 +191,7 @@ def is_alive(pid: int) -> bool:
 # ---- In the agent. ----
 
 
-def _agent(folder: Path, overrides: list[str], num_ranks: int, prepare: Prepare, absent: tuple[int, ...]) -> None:
+def _agent(folder: Path, program: Callable[[], int], num_ranks: int, prepare: Prepare, absent: tuple[int, ...]) -> None:
     os.setsid()
     _die_with_parent()
     for name, stream in (("stdout", 1), ("stderr", 2)):
@@ -160,7 +203,7 @@ def _agent(folder: Path, overrides: list[str], num_ranks: int, prepare: Prepare,
     os.environ |= {name: str(value) for name, value in of_run.items()} | {"TMPDIR": _made(folder / "tmp")}
     ranks, codes = {}, {}
     for rank in sorted(set(range(num_ranks)) - set(absent)):
-        pid = _fork(lambda rank=rank: _rank(folder, rank, overrides, prepare))
+        pid = _fork(lambda rank=rank: _rank(folder, rank, program, prepare))
         ranks[pid] = rank
         (folder / f"rank-{rank}").write_text(str(pid))
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -212,56 +255,76 @@ def _fork(act: Callable[[], int | None]) -> int:
 # ---- In a rank, and in its worker. ----
 
 
-def _rank(folder: Path, rank: int, overrides: list[str], prepare: Prepare) -> int:
+def _run_program(overrides: list[str]) -> int:
     from launch import run
-    from launch.processes import guard
 
+    sys.argv = ["launch/run.py", *overrides]
+    return run.main(overrides)
+
+
+def _rank(folder: Path, rank: int, program: Callable[[], int], prepare: Prepare) -> int:
     _die_with_parent()
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
-    sys.argv = ["launch/run.py", *overrides]
-    lives = iter(range(1000))
-
-    class ForkedWorker:
-        """What launch.processes.guard needs of subprocess.Popen."""
-
-        def __init__(self, command: list[str], env: dict[str, str], pass_fds, preexec_fn, start_new_session: bool):
-            life, self.returncode = next(lives), None
-
-            def act() -> int:
-                preexec_fn()
-                os.setsid()
-                os.environ.clear()
-                os.environ.update(env)
-                prepare(rank, life)
-                from launch.processes import worker_process
-
-                return worker_process.main()
-
-            self.pid = _fork(act)
-            (folder / f"worker-{rank}-{life}").write_text(str(self.pid))
-
-        def poll(self) -> int | None:
-            if self.returncode is None:
-                pid, status = os.waitpid(self.pid, os.WNOHANG)
-                self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-            return self.returncode
-
-        def wait(self, timeout: float | None = None) -> int:
-            deadline = time.monotonic() + (1e9 if timeout is None else timeout)
-            while self.poll() is None:
-                if time.monotonic() > deadline:
-                    raise subprocess.TimeoutExpired("worker", timeout)
-                time.sleep(0.01)
-            return self.returncode
-
-        def send_signal(self, number: int) -> None:
-            os.kill(self.pid, number)
-
-        def kill(self) -> None:
-            self.send_signal(signal.SIGKILL)
-
     if rank == 0:
         prepare(0, ORCHESTRATOR)
-    else:
-        guard.subprocess.Popen = ForkedWorker
-    return run.main(overrides)
+    subprocess.Popen = partial(_Forked, folder, rank, prepare, iter(range(1000)))
+    return program()
+
+
+class _Forked:
+    """What launch.processes needs of subprocess.Popen: the worker of a rank's guard, or the guard of rank 0."""
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        prepare: Prepare,
+        lives: Iterator[int],
+        command: list[str],
+        *,
+        env: dict[str, str],
+        pass_fds: tuple[int, ...] = (),
+        preexec_fn: Callable[[], None] = lambda: None,
+        start_new_session: bool,
+    ):
+        self.returncode: int | None = None
+        is_guard = command[-1].removesuffix(".py").endswith("guard")  # a file, or a module by -m
+        life = None if is_guard else next(lives)
+
+        def act() -> int:
+            preexec_fn()
+            os.setsid()
+            os.environ.clear()
+            os.environ.update(env)
+            if is_guard:
+                from launch.processes.guard import Guard
+
+                return Guard(0.0).run()
+            prepare(rank, life)
+            from launch.processes import worker_process
+
+            return worker_process.main()
+
+        self.pid = _fork(act)
+        (folder / (f"guard-{rank}" if is_guard else f"worker-{rank}-{life}")).write_text(str(self.pid))
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        deadline = time.monotonic() + (1e9 if timeout is None else timeout)
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("worker", timeout)
+            time.sleep(0.01)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)

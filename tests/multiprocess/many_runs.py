@@ -1,6 +1,7 @@
-"""A program for torchrun: rank 0 has the same processes make one run after another, since starting them takes longest.
+"""A program for each rank: rank 0 has the same processes make one run after another, since starting them takes longest.
 
-`many_runs.py FOLDER KIND`: reads FOLDER/cases.json, writes FOLDER/results.json. See tests.multiprocess.torchrun.
+It reads FOLDER/cases.json and writes FOLDER/results.json: see `run_many` of tests.multiprocess.forked_runs. By hand:
+`torchrun --nproc-per-node=5 tests/multiprocess/many_runs.py FOLDER pipeline`.
 """
 
 from __future__ import annotations
@@ -41,9 +42,10 @@ def main(folder: Path, kind: str) -> int:
 
 
 def result_of(company, config: RunConfig, prompt: list[int], num_tokens: int, seed: int) -> dict[str, Any]:
-    from launch.assembly.engine import prepare
+    from launch.processes.remote_engine import build_remote
+    from tests.support.tiny_runs import task_for
 
-    engine = company.build(config, prepare(config), prompt, num_tokens, seed)
+    engine = build_remote(task_for(config, prompt, num_tokens, seed), company)
     hierarchy = engine.hierarchy
     rounds = [hierarchy.start()]
     while not hierarchy.session.is_finished:

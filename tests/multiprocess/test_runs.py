@@ -1,4 +1,4 @@
-"""launch/run.py under torchrun: one folder, one cause, on one node and on two; memory that is shared is there once."""
+"""launch/run.py over several processes: one folder, one cause, on one node and on two; shared memory is there once."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from conf.schema import PlacementKind
-from tests.multiprocess.torchrun import ROOT, RUN, Case, on_two_nodes, run_arguments, run_many, torchrun
+from tests.multiprocess import faults, forked_runs
+from tests.multiprocess.forked_runs import Case, run_many
+from tests.multiprocess.torchrun import ROOT, RUN, on_two_nodes, run_arguments, torchrun
 from tests.support.tiny_models import greedy_tokens, random_prompt
 from tests.support.tiny_runs import HOST, tiny_run
 
-RUN_WITH = Path(__file__).with_name("run_with.py")
 NUM_TOKENS, PROMPT = 16, random_prompt(100)
 LOG_LINE = r"\d{4}-\d\d-\d\d [\d:,]+ rank(\d)-([a-z+]+) \S+ [A-Z]+ "
 
@@ -71,24 +72,39 @@ def test_ranks_of_a_verifier_may_be_on_two_nodes(tmp_path, target):
     assert len(list((folder / "logs").iterdir())) == 4
 
 
-def test_ranks_that_disagree_end_the_run_with_one_line(tmp_path, target):
-    done = torchrun(5, str(RUN_WITH), "other_token", "4", *arguments(target, tmp_path / "run"))
-    lines = [line for line in done.output.splitlines() if line.startswith("tierforce: ")]
-    assert done.exit_code == 1 and len(lines) == 1, done.output
+@pytest.fixture
+def start_with(tmp_path, target):
+    """Starts a pipeline with a fault; ends what is left of it."""
+    runs = []
+
+    def start(fault, num_ranks: int, **more) -> forked_runs.ForkedRun:
+        overrides = arguments(target, tmp_path / "run", **more)
+        runs.append(forked_runs.start(tmp_path, overrides, num_ranks, fault))
+        runs[-1].wait()
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.end()
+
+
+def test_ranks_that_disagree_end_the_run_with_one_line(start_with):
+    run = start_with(faults.other_token_of_second_verifier, 5)
+    lines = [line for line in run.errors if line.startswith("tierforce: ")]
+    assert run.exit_codes[0] == 1 and len(lines) == 1, run.report()
     assert "failed in phase decode, role verifier, rank 4: RunFailedError: ranks disagree after Verify" in lines[0]
-    assert not (tmp_path / "run" / "result.json").exists()
+    assert not (run.folder / "run" / "result.json").exists()
 
 
-def test_a_deadline_leaves_the_stacks_of_all_ranks(tmp_path, target):
-    folder = tmp_path / "run"
-    done = torchrun(4, str(RUN_WITH), "stall", "3", *arguments(target, folder, placement__stall_timeout_s=3))
-    lines = [line for line in done.output.splitlines() if line.startswith("tierforce: ")]
-    assert done.exit_code == 1 and len(lines) == 1, done.output
+def test_a_deadline_leaves_the_stacks_of_all_ranks(start_with):
+    run = start_with(faults.first_verifier_stuck, 4, placement__stall_timeout_s=3)
+    lines = [line for line in run.errors if line.startswith("tierforce: ")]
+    assert run.exit_codes[0] == 1 and len(lines) == 1, run.report()
     assert "role verifier, rank 3: RunFailedError: no progress for " in lines[0] and "in Verify" in lines[0]
-    logs = {path.name: path.read_text() for path in (folder / "logs").iterdir()}
+    logs = {path.name: path.read_text() for path in (run.folder / "run" / "logs").iterdir()}
     assert logs.keys() == {"rank1-drafter.log", "rank2-retriever.log", "rank3-verifier.log"}
     assert all("most recent call first" in text for text in logs.values())
-    assert "in <lambda>" in logs["rank3-verifier.log"] and "in verify" not in logs["rank1-drafter.log"]
+    assert "in spin" in logs["rank3-verifier.log"] and "in verify" not in logs["rank1-drafter.log"]
 
 
 BIG = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "head_dim": 64}
@@ -116,6 +132,6 @@ def test_retriever_and_verifier_have_weights_and_retrieval_cache_once(tmp_path, 
 
 @pytest.mark.slow
 def test_messages_are_timed(tmp_path):
-    done = torchrun(4, str(ROOT / "launch" / "measure_messages.py"))
+    done = torchrun(4, str(ROOT / "launch" / "measure" / "messages.py"))
     rows = [line for line in done.output.splitlines() if line.startswith("| ") and " ms |" in line]
     assert done.exit_code == 0 and len(rows) == 4, done.output

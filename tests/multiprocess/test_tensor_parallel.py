@@ -18,7 +18,8 @@ from tests.multiprocess.process_group import run_ranks
 from tests.support.tiny_models import FAMILIES, random_prompt
 from tiers.device_tier import DeviceTier
 from tiers.full_cache import DeviceLayer, FullCache
-from workers.models.pretrained import describe, load_model
+from workers.models.facts import describe
+from workers.models.loading import load_model
 from workers.parallel.collectives import GroupAllReduce, SharedMemoryAllReduce, has_ordered_stores
 from workers.parallel.shard import Shard
 

@@ -1,4 +1,4 @@
-"""Real runs under torchrun: of launch/run.py, or of many_runs.py, in which the same processes make several runs."""
+"""Real runs of launch/run.py under torchrun."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conf.schema import PlacementKind, RunConfig, to_plain
+from conf.schema import RunConfig, to_plain
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "launch" / "run.py"
-MANY_RUNS = Path(__file__).with_name("many_runs.py")
 DEADLINE_SECONDS = 180.0
 
 
@@ -72,27 +71,6 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
-
-
-@dataclass(kw_only=True)
-class Case:
-    """One of several runs."""
-
-    config: RunConfig
-    prompt: list[int]
-    num_tokens: int
-    seed: int = 0
-
-
-def run_many(
-    folder: Path, kind: PlacementKind, num_processes: int, cases: dict[str, Case], **environment
-) -> dict[str, Any]:
-    """What many_runs.py found out about each case, by name."""
-    told = {name: [to_plain(case.config), case.prompt, case.num_tokens, case.seed] for name, case in cases.items()}
-    (folder / "cases.json").write_text(json.dumps(told))
-    done = torchrun(num_processes, str(MANY_RUNS), str(folder), kind, **environment)
-    assert done.exit_code == 0, done.output
-    return json.loads((folder / "results.json").read_text())
 
 
 def run_arguments(config: RunConfig, output: Path, **more: Any) -> list[str]:

@@ -5,18 +5,12 @@ A policy module is loaded without torch, a configuration is refused before torch
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("conf", "tiers", "workers", "orchestrator", "launch")
-"""From left to right: each may import those before it."""
-
-MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+from tests.support.source_code import FOLDERS, MODULES, ROOT, imports_of, name_of
 
 THIRD_PARTY_FENCES = {
     "hydra": ("launch/",),
@@ -24,26 +18,20 @@ THIRD_PARTY_FENCES = {
     "cupy": ("tiers/pinned_host_tier.py",),
     "rich": ("orchestrator/display.py", "launch/"),
     "transformers": (
-        "workers/models/cached_models.py",
-        "workers/attention/attend.py",
-        "workers/models/pretrained.py",
-        "workers/models/rotary.py",
-        "workers/models/sharded_weights.py",
-        "launch/demo_pair/training.py",
-        "launch/demo_pair/pair.py",
-        "launch/benchmark/peers.py",
+        "workers/models/",
+        "workers/attention/forward_pass.py",
+        "launch/demo_pair/",
+        "launch/measure/gpu_transformers.py",
+        "launch/benchmark/gguf_export.py",
+        "launch/benchmark/shared_models.py",
         "launch/benchmark/transformers_peers.py",
     ),
     "datasets": ("launch/prompts/published_texts.py",),
     "gguf": ("launch/benchmark/gguf_export.py",),
     "llama_cpp": ("launch/benchmark/llama_cpp_peer.py",),
     "tokenizers": ("launch/demo_pair/corpus.py",),
-    "safetensors": (
-        "workers/models/pretrained.py",
-        "workers/models/sharded_weights.py",
-        "launch/demo_pair/checkpoint.py",
-    ),
-    "accelerate": ("workers/models/sharded_weights.py",),
+    "safetensors": ("workers/models/facts.py", "workers/models/sharded_weights.py", "launch/demo_pair/checkpoint.py"),
+    "accelerate": ("workers/models/skeleton.py",),
     "matplotlib": ("launch/",),
     "pyarrow": ("launch/sweeps/table.py",),
     "psutil": ("tiers/planning/memory.py",),
@@ -63,31 +51,6 @@ CACHES_MAY_IMPORT = (
 """Other caches, sizes and streams: what a cache's memory is, it is told."""
 
 ROLES = ("workers.drafter", "workers.lookup_drafter", "workers.retrieval_drafter", "workers.target_verifier")
-
-
-def imports_of(path: Path, *, while_type_checking: bool = True) -> set[str]:
-    """Names of modules: `from a import b` counts as a and as a.b."""
-    names: set[str] = set()
-    for node in nodes_of(ast.parse(path.read_text(encoding="utf-8")), while_type_checking):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
-
-
-def nodes_of(node: ast.AST, while_type_checking: bool):
-    """All nodes; on request without those for type checkers alone."""
-    yield node
-    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not while_type_checking:
-        return
-    for child in ast.iter_child_nodes(node):
-        yield from nodes_of(child, while_type_checking)
-
-
-def name_of(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
 
 
 def own(names: set[str]) -> set[str]:

@@ -4,9 +4,11 @@ import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
+import yaml
+
 from conf.schema import RunConfig
 from launch.benchmark.config import BenchConfig
-from launch.plan import PlanConfig
+from launch.forecast.config import PlanConfig
 from launch.sweeps.config import SweepConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,6 +18,17 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_ci_runs_exactly_the_test_command_of_the_readme():
     ci_command = (ROOT / ".ci/run").read_text(encoding="utf-8").strip().splitlines()[-1]
     assert ci_command in README.splitlines()
+
+
+def test_hooks_of_a_commit_are_part_of_the_test_command():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    commands = {hook["id"]: hook["entry"] for hook in hooks}
+    tests = commands.pop("quick-tests")
+    assert commands.keys() == {"ruff-check", "ruff-format", "mypy"}
+    assert all(f" && {command} && " in README for command in commands.values())
+    command, *paths = tests.removeprefix(".venv/bin/python -m ").split()
+    assert command == "pytest" and len(paths) > 1
+    assert all((ROOT / path).exists() for path in paths if not path.startswith("-"))
 
 
 def keys_of(config, prefix: str = "") -> set[str]:

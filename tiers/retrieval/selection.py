@@ -9,7 +9,7 @@ import torch
 from tiers.base import tokens_of_chunks
 from tiers.full_cache import FullCache
 from tiers.retrieval.context_summary import ContextSummary, Summary
-from tiers.retrieval.mean_key_rule import ChunkRule
+from tiers.retrieval.rule import RetrievalRule
 from tiers.retrieval_cache import LayerUpdate, RetrievalUpdate
 
 
@@ -38,7 +38,7 @@ class RetrievalSelection:
     def __init__(
         self,
         cache: FullCache,
-        rule: ChunkRule,
+        rule: RetrievalRule,
         windows: list[int | None],
         budget: int,
         newest_share: float,

@@ -13,14 +13,18 @@ import pytest
 from conf.model_shapes import PUBLISHED, model_shape
 from conf.schema import ConfigError
 from launch import plan
+from launch.forecast.config import read_plan_config
+from launch.forecast.forecast import Forecast
+from launch.forecast.forecast import forecast as forecast_of
+from launch.forecast.machine import measured
 
 ROOT = Path(__file__).resolve().parents[3]
 OFFLOADED = ["prompt.max_tokens=127000", "decoding.gamma1=1", "generation.max_new_tokens=256"]
 
 
-def forecast(*overrides: str) -> plan.Forecast:
-    config = plan.read_plan_config([*OFFLOADED, *overrides])
-    return plan.forecast(config, config.hardware)
+def forecast(*overrides: str) -> Forecast:
+    config = read_plan_config([*OFFLOADED, *overrides])
+    return forecast_of(config, measured(config.hardware, Path()))
 
 
 def test_published_time_between_tokens_on_two_4090s_is_met_within_a_tenth():
@@ -37,7 +41,7 @@ def test_quantised_chunks_let_a_budget_fit_and_drafting_takes_longer():
     large = [*settings, "cache.retrieval.budget=12288"]
     with pytest.raises(ConfigError, match="a smaller cache.retrieval.budget"):
         forecast(*large)
-    assert forecast(*large, "cache.retrieval.dtype=int8").plan.num_host_layers == 32
+    assert forecast(*large, "cache.retrieval.dtype=int8").plan.sizes.num_host_layers == 32
     exact, int4 = forecast(*settings), forecast(*settings, "cache.retrieval.dtype=int4")
     assert int4.plan.device_bytes["retrieval cache"] < exact.plan.device_bytes["retrieval cache"]
     assert int4.round.retrieval_seconds > exact.round.retrieval_seconds
@@ -109,11 +113,17 @@ def test_prints_bytes_and_times():
     ],
     ids=lambda value: " ".join(value)[:40],
 )
-def test_what_cannot_be_planned_is_refused_in_one_message(overrides, words):
-    result = run(*overrides)
+def test_what_cannot_be_planned_is_refused_in_one_message(capsys, overrides, words):
+    assert plan.main(overrides) == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    assert all(word in errors for word in words), errors
+
+
+def test_the_program_ends_with_the_code_of_its_refusal():
+    result = run("hardware=abacus")
     assert result.returncode == 2
-    assert "Traceback" not in result.stderr
-    assert all(word in result.stderr for word in words), result.stderr
+    assert result.stderr.startswith("tierforce: ") and "abacus" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["plan", "bench", "analyze", "widen", "measure.gpu"])

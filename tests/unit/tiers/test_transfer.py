@@ -12,7 +12,7 @@ from contextlib import closing
 import pytest
 import torch
 
-from launch.assembly.role_builder import overlap
+from launch.assembly.role_builder import hidden_share
 from tests.support.all_caches import PoisonedDeviceTier
 from tiers.transfer import COPY_THREAD, BlockWriter, CpuBlockStreamer, Link, make_streamer
 
@@ -235,8 +235,10 @@ def test_a_consumer_slower_than_the_copies_hardly_stalls():
         values_taken(streamer, 6, seconds_per_block=10 * COPY_SECONDS)
         stats = streamer.stats
         assert stats.stall_seconds < 0.8 * stats.seconds
-        assert overlap(stats.seconds, stats.stall_seconds) == pytest.approx(1 - stats.stall_seconds / stats.seconds)
-    assert overlap(0.0, 0.0) is None
+        assert hidden_share(stats.seconds, stats.stall_seconds) == pytest.approx(
+            1 - stats.stall_seconds / stats.seconds
+        )
+    assert hidden_share(0.0, 0.0) is None
 
 
 def alive_copy_threads() -> int:

@@ -18,7 +18,8 @@ from launch.analysis.draft_comparison import (
 )
 from tests.support.tiny_models import random_prompt
 from tiers.device_tier import DeviceTier
-from workers.models.pretrained import describe, load_model
+from workers.models.facts import describe
+from workers.models.loading import load_model
 
 CHUNK, BUDGET, EVERYTHING, ROUND = 4, 16, 512, 3
 PROMPT, NEW, FACT = 90, 11, (8, 60)
