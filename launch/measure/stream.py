@@ -115,13 +115,13 @@ def host_blocks(shape: BlockShape, count: int, buffers: list[torch.Tensor]) -> I
     """Blocks on the host, page-locked where it can be; a plain read copies them to the buffers in turn."""
     blocks = PinnedHostTier(pin=buffers[0].is_cuda and can_pin()).blocks(shape, count)
     _fill(blocks, shape, count)
-    sources = [blocks.source(index) for index in range(count)]
+    rows = [blocks.read(index, 0, shape.num_tokens) for index in range(count)]  # the blocks' own memory
 
     def read() -> None:
-        for index, source in enumerate(sources):
-            buffers[index % len(buffers)].copy_(source, non_blocking=True)
+        for index, block in enumerate(rows):
+            buffers[index % len(buffers)].copy_(block, non_blocking=True)
 
-    yield list(sources), read
+    yield [blocks.source(index) for index in range(count)], read
 
 
 @contextmanager
