@@ -60,7 +60,7 @@ class WidenConfig:
     fill: Fill = Fill.zeros
     """zeros: files take next to no place on disk; noise: as hard to compute with as real weights."""
     dtype: Dtype = Dtype.bfloat16
-    """Of the weights: bfloat16 or float32."""
+    """Dtype of the weights: bfloat16 or float32."""
     output: str = "outputs/widened"
     """Folder that the checkpoint is written to; one that is there is overwritten."""
 

@@ -26,9 +26,9 @@ REPORTED_STEPS = 20
 NOT_JUDGED = 3
 """Divisor of a narrow view: its first third is context only."""
 USEFUL_NATS = 0.5
-"""By so much better must a token be foretold for the tokens out of the narrow view to count as used."""
+"""Nats by which a token must be foretold better for the tokens out of the narrow view to count as used."""
 AGREEMENT_TEMPERATURE = 0.7
-"""Near that of sampling: it is there that two views must agree."""
+"""Temperature at which two views must agree, near that of sampling."""
 UNREADY_TOKENS = 64
 """First tokens of a window, behind the sinks, that are not learned: in use, the cache is fuller than that."""
 
@@ -114,7 +114,7 @@ class Steps(Dataset[Sample]):
 class Trainer:
     """One training run of one model, which goes on from its checkpoint in `work` if there is one.
 
-    `teacher` is for the stages that distill. Constants of the loss and of saving are arguments for tests.
+    `teacher` is for the stages that distill, `num_workers` are processes that prepare samples (0: none but this one).
     """
 
     def __init__(

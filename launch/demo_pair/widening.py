@@ -36,7 +36,7 @@ NOISE_VALUES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PlacedWeight:
     """A piece of the small model's weights [r, c], and the row and column of the wide weight that it begins at."""
 
     row: int
@@ -153,7 +153,7 @@ class Widening:
         if self._pads_vocabulary and name == "model.norm.weight":
             out[channels] = 1.0
 
-    def _parts(self, name: str) -> list[Part]:
+    def _parts(self, name: str) -> list[PlacedWeight]:
         """The small model's weights that go into this weight, and where."""
         weight = self._weights.get(name)
         if name == "lm_head.weight" and weight is None:
@@ -164,8 +164,8 @@ class Widening:
             heads = torch.split(weight, self._wide.head_dim, dim=int("o_proj" in name))
             starts = [self._query_head(head) * self._wide.head_dim for head in range(len(heads))]
             places = [(0, start) if "o_proj" in name else (start, 0) for start in starts]
-            return [Part(*place, head) for place, head in zip(places, heads, strict=True)]
-        return [Part(0, 0, weight)]
+            return [PlacedWeight(*place, head) for place, head in zip(places, heads, strict=True)]
+        return [PlacedWeight(0, 0, weight)]
 
     def _query_head(self, head: int) -> int:
         """Index in the wide model of a query head of the small one: it is in the group of the same kv head."""

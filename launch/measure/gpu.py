@@ -36,18 +36,18 @@ from launch.command_line.outcome import ExitCode
 from launch.command_line.overrides import compose_program
 from launch.command_line.program import program
 from launch.measure.gpu_attention import measure_attention
-from launch.measure.gpu_config import Cell, MeasureGpuConfig
+from launch.measure.gpu_config import GpuPart, MeasureGpuConfig
 from launch.measure.gpu_copies import measure_copies
 from launch.measure.gpu_decoding import measure_offloaded, measure_on_chip
 from launch.measure.gpu_pair import WidenedPair
-from launch.measure.gpu_results import Results
+from launch.measure.gpu_results import GpuResults
 from launch.measure.gpu_setting import Deadline, Setting
 from launch.measure.gpu_transformers import measure_transformers
 from orchestrator.run_files import versions
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Procedure:
     """How a part is measured, and the seconds without which it is not begun; most of them go to reading the prompt."""
 
     measure: Callable[[Setting], None]
@@ -55,11 +55,11 @@ class Part:
 
 
 PARTS = {
-    Cell.copies: Part(measure_copies, 20),
-    Cell.offloaded: Part(measure_offloaded, 120),
-    Cell.on_chip: Part(measure_on_chip, 60),
-    Cell.attention: Part(measure_attention, 10),
-    Cell.transformers: Part(measure_transformers, 90),
+    GpuPart.copies: Procedure(measure_copies, 20),
+    GpuPart.offloaded: Procedure(measure_offloaded, 120),
+    GpuPart.on_chip: Procedure(measure_on_chip, 60),
+    GpuPart.attention: Procedure(measure_attention, 10),
+    GpuPart.transformers: Procedure(measure_transformers, 90),
 }
 
 
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     return ExitCode.failed if results.has_failed else ExitCode.done
 
 
-def measure(config: MeasureGpuConfig) -> Results:
+def measure(config: MeasureGpuConfig) -> GpuResults:
     """Runs every part that there is time for. Raises ConfigError."""
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not config.smoke:
@@ -79,10 +79,10 @@ def measure(config: MeasureGpuConfig) -> Results:
     if config.smoke:
         config = config.for_smoke()
     deadline = Deadline(config.deadline_s)
-    results = Results(Path(config.output), facts_of(config, device))
+    results = GpuResults(Path(config.output), facts_of(config, device))
     pair = WidenedPair(config, device, results.note)
     setting = Setting(config=config, device=device, deadline=deadline, results=results, pair=pair)
-    for cell in (cell for cell in Cell if cell in config.cells):
+    for cell in (cell for cell in GpuPart if cell in config.cells):
         if not deadline.leaves(0 if config.smoke else PARTS[cell].least_seconds):
             results.note(f"{cell}: left out, there was no time")
             continue
@@ -108,7 +108,7 @@ def facts_of(config: MeasureGpuConfig, device: torch.device) -> dict[str, Any]:
     return facts | {"machine": machine, "config": asdict(config), "versions": versions()}
 
 
-def _run(cell: Cell, setting: Setting) -> None:
+def _run(cell: GpuPart, setting: Setting) -> None:
     began = time.monotonic()
     try:
         PARTS[cell].measure(setting)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from statistics import median
 
@@ -26,7 +27,7 @@ def measure_attention(setting: Setting) -> None:
     rows: list[Cells] = []
     for num_rows in NUMS_OF_ROWS:
         q = torch.randn(NUM_HEADS, 1, num_rows, HEAD_DIM, device=device, dtype=dtype)
-        ways = {
+        ways: dict[str, Callable[[], object]] = {
             "by matrix products, ms": partial(by_matmul, q.flatten(1, 2), k, v, scale, mask=None, softcap=None),
             "by the flash kernel, ms": partial(by_flash, q, k, v, scale, is_causal=False),
         }

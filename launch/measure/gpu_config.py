@@ -10,7 +10,7 @@ from hydra.core.config_store import ConfigStore
 from conf.schema import require
 
 
-class Cell(StrEnum):
+class GpuPart(StrEnum):
     """A part of the measurement, in the order in which they are measured."""
 
     copies = "copies"
@@ -24,16 +24,18 @@ class Cell(StrEnum):
 class MeasureGpuConfig:
     """One measurement; the defaults are for 80 GB on the device and 128 GB on the host."""
 
-    cells: list[str] = field(default_factory=lambda: list(Cell))
+    cells: list[str] = field(default_factory=lambda: list(GpuPart))
     """Parts to measure."""
     deadline_s: float = 500.0
     """Seconds from the start; nothing is begun that would end later."""
     target_shape: str = "NousResearch/Yarn-Llama-2-7b-128k"
     drafter_shape: str = "JackFram/llama-68m"
     offloaded_tokens: int = 120_000
-    """Prompt tokens with the cache on the host, and below with the cache on the device and of transformers."""
+    """Prompt tokens with the full cache on the host."""
     on_chip_tokens: int = 32_000
+    """Prompt tokens with the full cache on the device."""
     transformers_tokens: int = 32_000
+    """Prompt tokens of transformers' own generate."""
     block_tokens: int = 2048
     """Tokens of a block of the offloaded cache; 2048 are 32 MiB of a layer of Llama-2-7B."""
     block_mib: list[float] = field(default_factory=lambda: [0.25, 1, 4, 8, 16, 32, 64])
@@ -44,11 +46,13 @@ class MeasureGpuConfig:
     """Host memory that blocks and pieces are copied from."""
     gamma1: int = 2
     offloaded_gamma2: list[int] = field(default_factory=lambda: [8, 16, 32])
-    """Each is a way to decode, with and without CUDA graphs."""
+    """Ways to decode with the cache on the host, each with and without CUDA graphs."""
     on_chip_gamma2: list[int] = field(default_factory=lambda: [4, 8, 16])
+    """Ways to decode with the cache on the device, each with and without CUDA graphs."""
     offloaded_budget: int = 8192
-    """Tokens of the retrieval cache, per layer and kv head."""
+    """Tokens of the retrieval cache, per layer and kv head, beside a cache on the host."""
     on_chip_budget: int = 4096
+    """Tokens of the retrieval cache, per layer and kv head, beside a cache on the device."""
     repetitions: int = 3
     sample_tokens: int = 16
     """Tokens of a speculating sample, at least; one of autoregressive decoding has a quarter as many."""
@@ -61,7 +65,7 @@ class MeasureGpuConfig:
 
     def __post_init__(self) -> None:
         for cell in self.cells:
-            require(cell in list(Cell), "cells", cell, f"of {', '.join(Cell)}")
+            require(cell in list(GpuPart), "cells", cell, f"of {', '.join(GpuPart)}")
         require(self.repetitions >= 1, "repetitions", self.repetitions, ">= 1")
         require(self.sample_tokens >= 4, "sample_tokens", self.sample_tokens, ">= 4")
         require(self.deadline_s > 0, "deadline_s", self.deadline_s, "above 0")

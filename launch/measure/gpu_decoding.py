@@ -11,7 +11,7 @@ from typing import TypeAlias
 from conf.schema import FullCacheConfig, FullCacheTier, RunConfig
 from launch.assembly.prepare import prepare
 from launch.command_line.timing import median_or_none, now
-from launch.measure.gpu_config import Cell
+from launch.measure.gpu_config import GpuPart
 from launch.measure.gpu_results import Cells
 from launch.measure.gpu_setting import SAMPLE_SECONDS, Setting
 from launch.measure.levels_in_turns import LevelsInTurns, Sample
@@ -59,18 +59,18 @@ def measure_offloaded(setting: Setting) -> None:
     config = setting.config
     full = FullCacheConfig(tier=FullCacheTier.host, block_tokens=str(config.block_tokens))
     sizes = (config.offloaded_tokens, config.offloaded_budget, config.offloaded_gamma2)
-    _measure(setting, Cell.offloaded, full, *sizes)
+    _measure(setting, GpuPart.offloaded, full, *sizes)
 
 
 def measure_on_chip(setting: Setting) -> None:
     """A shorter context on the device."""
     config = setting.config
     full = FullCacheConfig(tier=FullCacheTier.device)
-    _measure(setting, Cell.on_chip, full, config.on_chip_tokens, config.on_chip_budget, config.on_chip_gamma2)
+    _measure(setting, GpuPart.on_chip, full, config.on_chip_tokens, config.on_chip_budget, config.on_chip_gamma2)
 
 
 def _measure(
-    setting: Setting, cell: Cell, full: FullCacheConfig, num_tokens: int, budget: int, gammas: list[int]
+    setting: Setting, cell: GpuPart, full: FullCacheConfig, num_tokens: int, budget: int, gammas: list[int]
 ) -> None:
     """All ways take turns after one prompt, as often as there are repetitions, or time."""
     config, results = setting.config, setting.results
@@ -94,7 +94,7 @@ def _measure(
 
 @contextmanager
 def _levels(
-    setting: Setting, cell: Cell, run_config: RunConfig, max_new_tokens: int
+    setting: Setting, cell: GpuPart, run_config: RunConfig, max_new_tokens: int
 ) -> Iterator[tuple[LevelsInTurns, int]]:
     """All levels of the pair, after they have read the prompt, and the number of tokens of the prompt."""
     prepared = prepare(run_config)

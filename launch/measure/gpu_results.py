@@ -11,7 +11,7 @@ Cells: TypeAlias = dict[str, Any]
 """A row of a table: values by the head of their column; None, and what is missing, is left blank."""
 
 
-class Results:
+class GpuResults:
     """Tables and notes, in results.json and results.md of `folder`; `facts` say what was measured, on what."""
 
     def __init__(self, folder: Path, facts: dict[str, Any]):

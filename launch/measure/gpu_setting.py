@@ -10,7 +10,7 @@ import torch
 
 from launch.measure.gpu_config import MeasureGpuConfig
 from launch.measure.gpu_pair import WidenedPair
-from launch.measure.gpu_results import Results
+from launch.measure.gpu_results import GpuResults
 
 SAMPLE_SECONDS = 15.0
 """With less time left no further sample is begun."""
@@ -34,7 +34,7 @@ class Setting:
     config: MeasureGpuConfig
     device: torch.device
     deadline: Deadline
-    results: Results
+    results: GpuResults
     pair: WidenedPair
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import median
 
 import torch
+from transformers import GenerationMixin
 
 from conf.schema import ConfigError, FullCacheConfig
 from launch.assembly.prepare import prepare
@@ -29,6 +30,7 @@ def measure_transformers(setting: Setting) -> None:
     prompt = read_prompt(run_config.prompt, prepared.tokenizer)
     model, times = setting.pair.target.hf_model, TokenTimes(device)
     model.set_attn_implementation("sdpa")
+    assert isinstance(model, GenerationMixin)
     with torch.inference_mode():
         ids = torch.tensor([prompt], device=device)
         model.generate(

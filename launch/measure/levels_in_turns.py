@@ -137,6 +137,7 @@ class LevelsInTurns:
         """
         target = self._target_model
         observers, target.observers = target.observers, NOBODY
+        assert self._builder.full_cache is not None
         self._builder.full_cache.drop_collections()
         try:
             yield

@@ -13,7 +13,7 @@ from string import ascii_lowercase
 
 
 class NeedleForm(StrEnum):
-    """What a fact looks like."""
+    """Form of a fact, and of what calls for it."""
 
     assignment = "assignment"
     """`name_key = '482133'`, called for by its left side: as the demo pair has seen it in training."""

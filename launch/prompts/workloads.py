@@ -1,4 +1,4 @@
-"""What is asked of a document: a head and a tail around it, facts hidden in it, and the answers where they are known.
+"""Tasks around a document: a head and a tail, facts hidden in it, and the answers where they are known.
 
 The summary's words are those of TriForce's runs (arXiv 2404.11912). Needles are "magic numbers" of cities, hidden at
 known depths; of several questions over one document all but the last come with their answers, as turns do in a chat.

@@ -34,6 +34,7 @@ THIRD_PARTY_FENCES = {
         "workers/attention/forward_pass.py",
         "launch/demo_pair/",
         "launch/analysis/needle_prompt.py",
+        "launch/measure/gpu_transformers.py",
         "launch/benchmark/gguf_export.py",
         "launch/benchmark/shared_models.py",
         "launch/benchmark/transformers_peers.py",

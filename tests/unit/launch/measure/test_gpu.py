@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.assembly import engine
+from launch.assembly.prepare import prepare
 from launch.measure.gpu import main
-from launch.measure.gpu_config import Cell
+from launch.measure.gpu_config import GpuPart
 from launch.measure.gpu_copies import Copies
 from launch.measure.gpu_decoding import AUTOREGRESSIVE, Speculating, decoding_rows
 from launch.measure.gpu_setting import SAMPLE_SECONDS
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[4]
 def test_ways_in_turns_write_one_text_the_target_s_greedy_one(checkpoints, tier, rebuild):
     folder, drafter, prompt = checkpoints("llama"), checkpoints("llama", seed=3), random_prompt(150)
     config = tiny_run(folder, drafter, tier=tier, rebuild=rebuild)
-    levels = LevelsInTurns(config, engine.prepare(config), None, prompt, 250)
+    levels = LevelsInTurns(config, prepare(config), None, prompt, 250)
     levels.start()
     samples = []
     for _ in range(2):
@@ -42,7 +42,7 @@ def test_ways_in_turns_write_one_text_the_target_s_greedy_one(checkpoints, tier,
 
 def test_weights_that_are_loaded_are_used_again(checkpoints):
     config = tiny_run(checkpoints("llama"), checkpoints("llama", seed=3))
-    prepared = engine.prepare(config)
+    prepared = prepare(config)
     first = LevelsInTurns(config, prepared, None, random_prompt(60), 60)
     second = LevelsInTurns(config, prepared, first.target, random_prompt(60), 60)
     assert second.target is first.target
@@ -78,7 +78,7 @@ def test_the_whole_program_runs_on_tiny_shapes(tmp_path, monkeypatch, capsys):
     assert all(row["TBT, ms"] > 0 and row["streamed, GB/s"] > 0 for row in offloaded)
     page = (tmp_path / "out/results.md").read_text()
     assert page in capsys.readouterr().out
-    for cell in Cell:
+    for cell in GpuPart:
         assert f"- {cell}: " in page
 
 
