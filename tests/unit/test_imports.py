@@ -12,18 +12,6 @@ import pytest
 
 from tests.support.source_code import FOLDERS, MODULES, ROOT, imports_of, name_of
 
-ROOMS_OF_LAUNCH = (
-    {"command_line"},
-    {"prompts"},
-    {"demo_pair"},
-    {"assembly"},
-    {"processes"},
-    {"forecast", "benchmark", "sweeps", "analysis"},
-    {"measure"},
-)
-"""Folders of launch/ from left to right, those in one set side by side: each may import itself and those before it. The
-programs beside them may import all."""
-
 THIRD_PARTY_FENCES = {
     "hydra": ("launch/",),
     "omegaconf": ("launch/",),
@@ -82,15 +70,6 @@ def test_imports_point_to_the_left(path):
     folder = path.relative_to(ROOT).parts[0]
     allowed = FOLDERS[: FOLDERS.index(folder) + 1]
     wrong = {name for name in own(imports_of(path)) if name.split(".")[0] not in allowed}
-    assert not wrong, f"{name_of(path)} imports {wrong}; it may import {allowed}"
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*/*.py")), ids=name_of)
-def test_rooms_of_launch_are_entered_from_the_right_alone(path):
-    own_room = path.parent.name
-    (position,) = (index for index, rooms in enumerate(ROOMS_OF_LAUNCH) if own_room in rooms)
-    allowed = {own_room}.union(*ROOMS_OF_LAUNCH[:position])
-    wrong = {name for name in imports_of(path) if name.startswith("launch.") and name.split(".")[1] not in allowed}
     assert not wrong, f"{name_of(path)} imports {wrong}; it may import {allowed}"
 
 

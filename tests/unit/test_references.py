@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conf.schema import RunConfig
-from launch.plan import PlanConfig
+from launch.forecast.config import PlanConfig
 from tests.support.source_code import FOLDERS, MODULES, ROOT, name_of
 from tests.unit.test_readme import keys_of
 

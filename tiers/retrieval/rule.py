@@ -1,7 +1,7 @@
 """Which chunks of the context matter to the next tokens: what a rule that scores them must and may do.
 
-To add a rule `nearest`: write tiers/retrieval/nearest_rule.py with a class NearestRule(RetrievalRule), and add the
-member `nearest` to RetrievalRuleName in conf/values.py. Nothing else must name it: `rule_class` finds it, the memory
+To add a rule named nearest: write a class NearestRule(RetrievalRule) in a module nearest_rule of this folder, and add
+the member `nearest` to RetrievalRuleName in conf/values.py. Nothing else must name it: `rule_class` finds it, the memory
 plan asks its `planned_bytes`, and tests/unit/tiers/retrieval/test_rule.py holds it to this contract.
 
 Shape letters as in tiers.base. A chunk is `chunk_size` consecutive tokens; every kv head of every layer chooses for

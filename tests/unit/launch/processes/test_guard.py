@@ -22,7 +22,7 @@ def of_rank_3(monkeypatch):
 
 
 def test_a_worker_that_cannot_start_is_reported_in_one_line(of_rank_3, capfd):
-    assert Guard(1.0, worker_module="launch.nowhere").run() == ExitCode.failed
+    assert Guard(1.0, worker_module="nowhere").run() == ExitCode.failed
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("tierforce: ")]
     assert len(lines) == 1
     assert "failed in phase start, rank 3: its process" in lines[0]

@@ -129,7 +129,7 @@ class LongestKeyRule(RetrievalRule):
 
 def test_a_new_rule_is_one_file_and_one_name(monkeypatch):
     """What the selection needs of a rule is in its class; a file beside the others is found by the name in the enum."""
-    module = ModuleType("tiers.retrieval.longest_key_rule")
+    module = ModuleType(RetrievalRule.__module__.replace(".rule", ".longest_key_rule"))
     module.LongestKeyRule = LongestKeyRule
     monkeypatch.setitem(sys.modules, module.__name__, module)
     names = StrEnum("RetrievalRuleName", [*RetrievalRuleName.__members__, "longest_key"])
