@@ -14,7 +14,7 @@ LAYERS = (
     ("command_line", "prompts", "demo_pair"),
     ("assembly",),
     ("processes",),
-    ("benchmark", "sweeps", "analysis"),
+    ("forecast", "benchmark", "sweeps", "analysis"),
     ("measure",),
 )
 """Rooms of launch: each may import itself and rooms of the layers before its own. The programs, files directly in
