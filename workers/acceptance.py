@@ -29,7 +29,7 @@ CHOOSE, ACCEPT, REPLACE, RACE = range(4)
 NUM_PURPOSES = 4
 SUM_TOLERANCE = 1e-3
 NUM_CANDIDATES = 128
-"""On a CPU top-k and top-p look at so many tokens first: all of a vocabulary are rarely worth sorting."""
+"""Tokens that top-k and top-p look at first on a CPU: a whole vocabulary is rarely worth sorting."""
 
 
 class NotFiniteError(ArithmeticError):
@@ -86,7 +86,7 @@ def _cut(probs: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:
 
 
 class RandomSource(Protocol):
-    """Where decisions come from; tests replace it by one that walks every branch."""
+    """Source of all random decisions; tests replace it by one that walks every branch."""
 
     def start_round(self, index: int) -> None:
         """Begins verification number `index`."""
@@ -159,7 +159,7 @@ class KeyedRandom:
 
 
 def round_key(num_commits: int, branch: int) -> int:
-    """What `start_round` takes: drafts made ahead on different guesses, or not ahead (0), have numbers of their own."""
+    """Index for `start_round`: drafts made ahead on different guesses, or not (0), have numbers of their own."""
     return branch << 32 | num_commits
 
 
@@ -179,27 +179,8 @@ def usable_draft(draft: Draft, vocab_size: int) -> Draft:
 
 
 def _is_distribution_with(probs: torch.Tensor, token: int) -> bool:
-    """Whether `probs` [V] sums to one and can have given `token`."""
+    """True if `probs` [V] sums to one and can have given `token`."""
     return token < len(probs) and abs(float(probs.sum()) - 1) <= SUM_TOLERANCE and float(probs[token]) > 0
-
-
-class LevelCoupling(Protocol):
-    """How one level draws tokens and judges drafts; V is the vocabulary, n the number of drafted tokens."""
-
-    def start_round(self, index: int) -> None:
-        """Begins a verification; see `round_key` for its index."""
-
-    def draw(self, logits: torch.Tensor, position: int) -> tuple[int, torch.Tensor | None]:
-        """A token for `position` by logits [V], and its distribution [V] where the level above needs it."""
-
-    def verify(self, draft: Draft, logits: torch.Tensor, position: int) -> tuple[Verdict, list[torch.Tensor] | None]:
-        """Judges `draft`, whose first token is for `position`, by logits [n + 1, V].
-
-        Returns the verdict, and the distributions [V] of the num_accepted + 1 tokens handed up, where they are needed.
-        """
-
-    def runners_up(self, logits: torch.Tensor, tokens: list[int], position: int) -> tuple[list[int], list[float]]:
-        """For each of `tokens`, from `position` on: the next best token, and how close it comes, between 0 and 1."""
 
 
 class MaximalCoupling:

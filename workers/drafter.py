@@ -6,8 +6,8 @@ import logging
 
 import torch
 
-from workers.acceptance import LevelCoupling, NotFiniteError, add_runners_up, round_key
-from workers.level import ReadingLevel, ReadingModel
+from workers.acceptance import NotFiniteError, add_runners_up, round_key
+from workers.level import LevelCoupling, ReadingLevel, ReadingModel
 from workers.messages import DRAFTER, Draft
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""What the three levels share: a model with a cache that follows the session's tokens."""
+"""A level: a model with a cache that follows the session's tokens; and what it asks of its model and its coupling."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from array import array
 from typing import Generic, Protocol, TypeVar
 
 import torch
+
+from workers.messages import Draft, Verdict
 
 
 class CachedModel(Protocol):
@@ -30,6 +32,25 @@ class ReadingModel(CachedModel, Protocol):
 
     def prefill(self, tokens: list[int]) -> None:
         """Empties the cache and reads `tokens`."""
+
+
+class LevelCoupling(Protocol):
+    """How one level draws tokens and judges drafts; V is the vocabulary, n the number of drafted tokens."""
+
+    def start_round(self, index: int) -> None:
+        """Begins a verification; see acceptance.round_key for its index."""
+
+    def draw(self, logits: torch.Tensor, position: int) -> tuple[int, torch.Tensor | None]:
+        """A token for `position` by logits [V], and its distribution [V] where the level above needs it."""
+
+    def verify(self, draft: Draft, logits: torch.Tensor, position: int) -> tuple[Verdict, list[torch.Tensor] | None]:
+        """Judges `draft`, whose first token is for `position`, by logits [n + 1, V].
+
+        Returns the verdict, and the distributions [V] of the num_accepted + 1 tokens handed up, where they are needed.
+        """
+
+    def runners_up(self, logits: torch.Tensor, tokens: list[int], position: int) -> tuple[list[int], list[float]]:
+        """For each of `tokens`, from `position` on: the next best token, and how close it comes, between 0 and 1."""
 
 
 ModelT = TypeVar("ModelT", bound=CachedModel)

@@ -1,4 +1,4 @@
-"""What crosses between levels and between processes, typed. Loads without torch.
+"""Messages between levels and between processes, typed. Loads without torch.
 
 Between levels: a draft goes up, a verdict comes back. Between processes: the orchestrator asks (`Call`), a worker
 answers (`Reply`, `Failure`) and tells how it is (`Hello`, `Beat`, `Ended`). How they travel: workers.process.channel.
@@ -29,9 +29,9 @@ class Draft(msgspec.Struct, kw_only=True, tag=True):
     probs: list[Any] | None = None
     """One tensor [vocabulary] for each token; None where acceptance is by equality (gumbel, greedy)."""
     runners_up: list[int] = []
-    """Where drafting ahead wants it: what each token would be if it were not what it is; NO_TOKEN: nothing else."""
+    """The next best token in the place of each, for drafting ahead, else empty; NO_TOKEN where there is none."""
     closeness: list[float] = []
-    """Of each runner-up to its token, between 0 and 1."""
+    """How close each runner-up comes to its token, between 0 and 1."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -63,13 +63,13 @@ class Draft(msgspec.Struct, kw_only=True, tag=True):
         )
 
     def runner_up(self, index: int) -> int | None:
-        """Of the token `index`, where it is known."""
+        """The runner-up of the token `index`, or None where it is not known."""
         known = index < len(self.runners_up) and self.runners_up[index] != NO_TOKEN
         return self.runners_up[index] if known else None
 
 
 class Verdict(msgspec.Struct, kw_only=True, tag=True):
-    """What the verifying level makes of a draft: it keeps a prefix and adds one token of its own."""
+    """Judgement of a draft by the verifying level: it keeps a prefix and adds one token of its own."""
 
     num_accepted: int
     next_token: int
@@ -84,20 +84,21 @@ class InnerStep(msgspec.Struct, kw_only=True, tag=True):
 
 
 class UpdateNotice(msgspec.Struct, kw_only=True, tag=True):
-    """True keys and values for the retrieval cache, of one rank of the verifier; see workers.process.update_path."""
+    """Tells of true keys and values for the retrieval cache, by one rank of the verifier; see process.update_path."""
 
     is_rebuild: bool
     length: int
-    """Tokens of the sequence that the retrieval cache follows after it."""
+    """Tokens of the sequence that the retrieval cache holds, or follows, after the update."""
     start: int = 0
+    """Position of the first token whose keys and values it brings."""
     num_slots: int = 0
-    """Of a rebuild, where they were written to the retriever's memory: see RetrievalCache.written."""
+    """Both of a rebuild that was written to the retriever's memory; see RetrievalCache.written."""
     num_summaries: list[int] = []
     carried: list[list[Any]] | None = None
-    """Where they travel with the notice: of each layer k, v, positions and the summary's k, v, log_count."""
+    """Tensors that travel with the notice: of each layer k, v, positions and the summary's k, v, log_count."""
 
 
-# ---- What a role can be asked; see orchestrator.roles for what each means. ----
+# ---- What a role or a process can be asked; each call of a role is its method of the same meaning. ----
 
 
 class Prefill(msgspec.Struct, tag=True):
@@ -132,7 +133,7 @@ class MakeUpdate(msgspec.Struct, tag=True):
 
 class TakeUpdate(msgspec.Struct, tag=True):
     notices: list[UpdateNotice]
-    """Of each rank of the verifier."""
+    """One notice of each rank of the verifier."""
 
 
 class NeedsRebuild(msgspec.Struct, tag=True):
@@ -144,27 +145,27 @@ class Reread(msgspec.Struct, tag=True):
 
 
 class Survey(msgspec.Struct, tag=True):
-    """How much memory is free: answered by bytes of each tier."""
+    """Asks how much memory is free; the answer are the bytes of each tier."""
 
     device: str
     disk_folder: str
 
 
 class Build(msgspec.Struct, tag=True):
-    """Load weights, make caches. `config` and `assignment` are plain JSON types of launch.processes.worker_process."""
+    """Asks for roles: weights and caches. `config` and `assignment` are those of launch.processes, as JSON types."""
 
     config: dict[str, Any]
     assignment: dict[str, Any]
 
 
 class Attach(msgspec.Struct, tag=True):
-    """Other processes share memory by these names (a `Built.shared` of theirs)."""
+    """Tells of memory that other processes share (their `Built.shared`), which is to be mapped."""
 
     shared: dict[str, Any]
 
 
 class MakeReport(msgspec.Struct, tag=True):
-    """Memory and streaming, for result.json."""
+    """Asks for memory and streaming, for result.json."""
 
 
 Request = (
@@ -206,7 +207,7 @@ class DumpStacks(msgspec.Struct, tag=True):
 
 
 class Ping(msgspec.Struct, tag=True):
-    """It lives: regularly from the orchestrator to everyone, and from each guard to the orchestrator."""
+    """A sign of life: regularly from the orchestrator to everyone, and from each guard to the orchestrator."""
 
 
 # ---- Worker to orchestrator. ----
@@ -243,7 +244,7 @@ class Reply(msgspec.Struct, tag=True):
     id: int
     result: Result
     state: str = ""
-    """Of a role that several ranks play alike: see workers.level.Level.state; all must have the same."""
+    """State of a role that several ranks play alike, which must be the same; see workers.level.Level.state."""
 
 
 class Failure(msgspec.Struct, tag=True):
@@ -256,19 +257,21 @@ class Failure(msgspec.Struct, tag=True):
 
 
 class Beat(msgspec.Struct, tag=True):
-    """Regularly, by a thread of its own: `progress` counts layers read and blocks copied, so it stands still where a
-    process lives and does nothing."""
+    """A heartbeat, sent regularly by a thread of its own.
+
+    `progress` counts layers read and blocks copied, so it stands still where a process lives and does nothing.
+    """
 
     progress: int
     busy_with: str
     done: int = 0
     total: int = 0
     waits_for_others: bool = False
-    """In a sum over ranks: if it makes no progress, that may be another's fault."""
+    """True in a sum over ranks: if the process makes no progress, that may be another's fault."""
 
 
 class Ended(msgspec.Struct, tag=True):
-    """From the guard of a rank: its worker process ended by itself. `exit_code` as of subprocess (-9: SIGKILL)."""
+    """News from a rank's guard: the worker process ended by itself. `exit_code` is subprocess's (-9: SIGKILL)."""
 
     exit_code: int
     pid: int

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Generic, Protocol, TypeVar
 
-from workers.acceptance import LevelCoupling, NotFiniteError, add_runners_up, readable_draft, round_key
-from workers.level import CachedModel, Level
+from workers.acceptance import NotFiniteError, add_runners_up, readable_draft, round_key
+from workers.level import CachedModel, Level, LevelCoupling
 from workers.messages import RETRIEVAL, Draft, InnerStep
 
 logger = logging.getLogger(__name__)

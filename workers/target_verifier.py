@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from tiers.retrieval_cache import RetrievalUpdate
-from workers.acceptance import LevelCoupling, readable_draft
-from workers.level import ReadingLevel, ReadingModel
+from workers.acceptance import readable_draft
+from workers.level import LevelCoupling, ReadingLevel, ReadingModel
 from workers.messages import Draft, UpdateNotice, Verdict
 
 
@@ -17,7 +17,7 @@ class TargetCachedModel(ReadingModel, Protocol):
         """Empties the cache and reads `tokens`, a part of the sequence that `prefill` began, again."""
 
     def retrieval_update(self, *, rebuild: bool, budget: int | None = None) -> RetrievalUpdate:
-        """What the retrieval cache needs to follow, or, for a rebuild, to start anew."""
+        """Keys and values that the retrieval cache needs to follow, or, for a rebuild, to start anew."""
 
 
 class Publisher(Protocol):

@@ -1,1 +1,1 @@
-"""What a forward pass sees, and how its attention is computed."""
+"""A forward pass: what it sees, and how its attention is computed."""

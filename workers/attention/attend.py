@@ -137,7 +137,7 @@ def _part(segment: Segment, keys: slice, num_new: int) -> Segment:
 
 
 class Seen(Enum):
-    """What the new tokens see of some keys."""
+    """How much of some keys the new tokens see."""
 
     all = "all keys"
     triangle = "all old keys, new ones causally"
@@ -145,7 +145,7 @@ class Seen(Enum):
 
 
 def _seen(part: Segment, num_new: int, first_position: int, window: int | None) -> Seen:
-    """What `num_new` tokens from `first_position` on see of a segment; a window counts where it hides some key."""
+    """How much `num_new` tokens from `first_position` on see of a segment; a window counts where it hides some key."""
     last_position = first_position + num_new - 1
     if window is not None and (part.start is None or part.start <= last_position - window):
         return Seen.window

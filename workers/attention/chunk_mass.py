@@ -1,4 +1,4 @@
-"""Where the attention of a layer goes, chunk by chunk: what chunks are chosen by."""
+"""The mass of a layer's attention, chunk by chunk, by which chunks may be chosen."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Chunks:
 
 
 class ChunkMass:
-    """Where a layer's attention goes: to each chunk of `size` consecutive tokens, from the partial softmaxes."""
+    """Mass of a layer's attention on each chunk of `size` consecutive tokens, from the partial softmaxes."""
 
     def __init__(self, size: int):
         self._size = size
@@ -56,5 +56,5 @@ class ChunkMass:
         self._parts.clear()
 
     def total(self) -> torch.Tensor:
-        """What each chunk got of all queries' attention: [H, chunks], adding up to 1 for each kv head."""
+        """Share of all queries' attention that each chunk got: [H, chunks], adding up to 1 for each kv head."""
         return self._total

@@ -1,4 +1,4 @@
-"""What a forward pass works on, and the attention function by which transformers' models come to it.
+"""A forward pass: what it works on, and the attention function by which transformers' models come to it.
 
 Every model's attention is `cached_attention`. It finds the active ForwardPass, appends the layer's keys and values to
 the pass's cache, and attends to what that cache shows; the maths is in workers.attention.attend.
@@ -34,7 +34,7 @@ class Progress:
 
 
 class PassCache(Protocol):
-    """What a pass does with its cache; see tiers.base.KVCache."""
+    """The calls that a pass makes of its cache; see tiers.base.KVCache."""
 
     def begin(self, num_new: int) -> None: ...
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None: ...

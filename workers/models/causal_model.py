@@ -22,7 +22,7 @@ class ModelCache(PassCache, Protocol):
 
 
 class DraftingModel(Protocol):
-    """What a draft level reads tokens with: a CausalModel, or one whose passes are recorded (cuda_graphs)."""
+    """The weights of a draft level: a CausalModel, or one whose passes are recorded (see cuda_graphs)."""
 
     vocab_size: int
 

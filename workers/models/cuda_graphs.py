@@ -70,7 +70,7 @@ class RecordedModel:
 
     @torch.inference_mode()
     def forward(self, tokens: list[int], cache: RecordableCache, num_logits: int) -> torch.Tensor:
-        """See CausalModel.forward."""
+        """Reads `tokens` after those in `cache`; logits [num_logits, V] after the last ones."""
         assert cache is self._cache, "another cache than the one that was recorded"
         if not self.is_on or len(tokens) > self._max_rows:
             return self._model.forward(tokens, cache, num_logits)
@@ -124,7 +124,7 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Run) -> Run:
-        """See Recorder. The current stream is waited for, as `run`'s inputs may still be under way there."""
+        """Records `run` as a graph; the current stream is waited for, where its inputs may still be under way."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         try:

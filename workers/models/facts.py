@@ -1,4 +1,4 @@
-"""What a model is, read from a local folder or the hub and checked before any weight is.
+"""Facts of a model in a local folder or on the hub, read and checked before any weight is.
 
 No code from a checkpoint is ever run: configurations with `auto_map` are loaded by transformers' own classes, or
 refused.
@@ -38,7 +38,7 @@ WEIGHT_FILES = (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, 
 
 @dataclass(kw_only=True)
 class ModelFacts:
-    """What a configuration says of a model, or of one rank's part of it."""
+    """All that is known of a model before its weights are read, or of one rank's part of it."""
 
     key: str
     """The configuration key that asked for it, model.target or model.drafter; messages name it."""
@@ -121,7 +121,7 @@ def _go_offline_without_network() -> None:
 
 
 def _load(key: str, name: str, auto_class: type[AutoConfig] | type[AutoTokenizer], source: str) -> Any:
-    """What `auto_class` reads of `source`. Raises ConfigError."""
+    """Reads `source` by one of transformers' classes. Raises ConfigError."""
     try:
         return auto_class.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever transformers makes of files that are not as they should be

@@ -16,7 +16,7 @@ RetrievalKVCache = RetrievalCache | QuantisedRetrievalCache
 
 
 class _OnRetrievalCache:
-    """What the models of this file share: all of workers.retrieval_drafter.RetrievalCachedModel but `load`."""
+    """The common part of the models below: all of workers.retrieval_drafter.RetrievalCachedModel but `load`."""
 
     def __init__(self, model: DraftingModel, cache: RetrievalKVCache):
         self._model, self._cache, self.vocab_size = model, cache, model.vocab_size

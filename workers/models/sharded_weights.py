@@ -30,7 +30,7 @@ def weight_files(source: str) -> dict[str, Path] | None:
 
 
 def _located(source: str, name: str) -> Path:
-    """Where a file of a folder or a hub id is on this machine. Raises OSError where there is none."""
+    """The place of a folder's or a hub id's file on this machine. Raises OSError where there is none."""
     path = cached_file(source, name)
     assert path is not None, f"{name} of {source} is missing, and transformers did not say so"
     return Path(path)

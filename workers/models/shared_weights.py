@@ -42,7 +42,7 @@ class SharedWeights:
             tensor.data = place
 
     def description(self) -> dict[str, Any]:
-        """What `load_shared_model` needs; JSON types and bytes."""
+        """Handles of the weights, for `load_shared_model`; JSON types and bytes."""
         shared: dict[str, Any] = {"names": list(self._tensors), "tied": self._tied}
         if self._arena is not None:
             return shared | {"arena": self._arena.description()}

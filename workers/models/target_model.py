@@ -97,9 +97,10 @@ class TargetModel:
         self.queries[layer] = q
 
     def retrieval_update(self, *, rebuild: bool, budget: int | None = None) -> RetrievalUpdate:
-        """What the retrieval cache needs to follow, or, for a rebuild, to start anew; call it after a roll back.
+        """Keys and values that the retrieval cache needs to follow, or, for a rebuild, to start anew.
 
-        `budget` is of the chunks to be chosen from now on, in tokens; None leaves it as it is.
+        Call it after a roll back. `budget` is of the chunks to be chosen from now on, in tokens; None leaves it as it
+        is.
         """
         selection = self._selection
         assert selection is not None, "there is no retrieval level"

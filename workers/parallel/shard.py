@@ -1,4 +1,4 @@
-"""Which attention heads a rank of a tensor-parallel model has. Numbers alone: loads without torch.
+"""The attention heads that a rank of a tensor-parallel model has. Numbers alone: loads without torch.
 
 A kv head and the query heads that share it (its group) are never parted where there are enough kv heads, so no key and
 no value is held twice. With 3 kv heads on 2 ranks one rank has 2 of them. Where ranks outnumber kv heads, ranks share

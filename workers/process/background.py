@@ -35,7 +35,7 @@ class OwnStream:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Around each call, in the role's thread."""
+        """Encloses each call, in the role's thread."""
         if self._stream is None:
             yield
             return

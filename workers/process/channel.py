@@ -95,17 +95,19 @@ def from_frames(frames: list[bytes], from_raw: Callable[[RawTensor], Any] | None
 
 
 class Endpoints(msgspec.Struct, kw_only=True):
-    """Where a hub is found, and with what secret; what a worker must be told to join a run."""
+    """Addresses and secret of a hub: all that a worker must be told to join a run."""
 
     secret: str
     pid: int
     """Process id of the hub."""
     local: str
-    """ipc:// addresses for processes of the hub's host..."""
+    """Address (ipc://) of messages for processes of the hub's host."""
     local_pings: str
+    """Address (ipc://) of pings for them."""
     remote: str | None = None
-    """...and tcp:// addresses for others; None where there are none."""
+    """Address (tcp://) of messages for processes of other hosts; None where there are none."""
     remote_pings: str | None = None
+    """Address (tcp://) of pings for them."""
 
     def for_host(self, *, same_host: bool) -> tuple[str, str]:
         """Addresses for messages and for pings. Raises ChannelError where others are not listened to."""

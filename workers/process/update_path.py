@@ -26,7 +26,7 @@ from workers.models.retrieval_model import RetrievalKVCache
 
 
 class UpdatePath(StrEnum):
-    """Which of the three ways updates go."""
+    """One of the three ways that updates go."""
 
     same_process = "same_process"
     shared_memory = "shared_memory"

@@ -11,15 +11,13 @@ import time
 import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AttentionInterface, AutoConfig
+from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from conf.schema import ConfigError
 from tests.support.tiny_models import VOCAB_SIZE, save_checkpoint, tiny_config, tiny_tokenizer
-from workers.attention.forward_pass import ATTENTION_NAME, cached_attention
 from workers.models import facts as facts_module
 from workers.models.facts import check_same_vocabulary, describe
-from workers.models.loading import SELF_CHECK_TOLERANCE, load_model
 
 CPU = torch.device("cpu")
 
@@ -210,39 +208,6 @@ def test_a_folder_without_weights_is_refused(folder):
     assert "model.safetensors is missing" in message
 
 
-def test_files_that_lack_a_weight_are_refused(folder):
-    """transformers would go on with random numbers in its place."""
-    weights = load_file(folder / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    message = message_of(load_model, facts_of(folder), CPU, self_check=True)
-    assert "lack 1 of the weights" in message and "model.layers.1.mlp.up_proj.weight" in message
-
-
-def test_weights_that_do_not_fit_the_configuration_are_refused(folder):
-    change_json(folder / "config.json", intermediate_size=64)
-    message = message_of(load_model, facts_of(folder), CPU, self_check=True)
-    assert "lack 6 of the weights" in message and "model.layers.0.mlp.down_proj.weight (another shape)" in message
-
-
-def test_older_checkpoints_are_read_as_weights_only(folder):
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    assert load_model(facts_of(folder), CPU, self_check=True).vocab_size == VOCAB_SIZE
-
-
-def test_older_checkpoints_that_would_run_code_are_not_read(folder):
-    class Evil:
-        def __reduce__(self):
-            return open, (str(folder / "executed"), "w")
-
-    (folder / "model.safetensors").unlink()
-    torch.save({"model.norm.weight": Evil()}, folder / "pytorch_model.bin")
-    message = message_of(load_model, facts_of(folder), CPU, self_check=True)
-    assert message.startswith("model.target is ")
-    assert not (folder / "executed").exists()
-
-
 # ---- Families ----
 
 REFUSED_FAMILIES = {
@@ -265,41 +230,6 @@ def test_a_family_that_would_be_served_wrongly_is_refused_by_name(tmp_path, chec
         and REFUSED_FAMILIES[family] in message
         and "such as Llama" in message
     )
-
-
-def test_the_self_check_refuses_a_model_whose_attention_is_computed_differently(checkpoints):
-    """Its own attention is not that of its query, key and value alone: the reference differs from ours."""
-
-    def tilted(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        return cached_attention(module, query, key.roll(1, dims=2), value, attention_mask, scaling, **kwargs)
-
-    facts = facts_of(checkpoints("llama"))
-    assert load_model(facts, CPU, self_check=True)
-    AttentionInterface.register(ATTENTION_NAME, tilted)
-    try:
-        message = message_of(load_model, facts, CPU, self_check=True)
-        assert load_model(facts, CPU, self_check=False)
-    finally:
-        AttentionInterface.register(ATTENTION_NAME, cached_attention)
-    assert "model type llama" in message and "self-check" in message and "relative error" in message
-
-
-@pytest.mark.parametrize("dtype", SELF_CHECK_TOLERANCE)
-def test_the_self_check_accepts_every_dtype(checkpoints, dtype):
-    assert load_model(facts_of(checkpoints("llama"), dtype=dtype), CPU, self_check=True)
-
-
-@pytest.mark.parametrize("failure", [RuntimeError, ValueError, KeyError, AssertionError])
-def test_the_self_check_refuses_a_model_that_fails_in_our_attention(checkpoints, failure):
-    def failing(*args, **kwargs):
-        raise failure("not for this model")
-
-    AttentionInterface.register(ATTENTION_NAME, failing)
-    try:
-        message = message_of(load_model, facts_of(checkpoints("llama")), CPU, self_check=True)
-    finally:
-        AttentionInterface.register(ATTENTION_NAME, cached_attention)
-    assert "not for this model" in message
 
 
 @pytest.mark.parametrize(
