@@ -6,12 +6,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from conf.schema import ConfigError
+from conf.values import ConfigError
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class ModelShape:
-    """A decoder with gated MLPs, as Llama and Qwen have."""
+    """Sizes of a decoder with gated MLPs, as Llama and Qwen have."""
 
     num_layers: int
     hidden_size: int
@@ -24,23 +24,34 @@ class ModelShape:
 
     @property
     def num_layer_parameters(self) -> int:
-        """Of one layer; norms and biases are small and left out."""
+        """Number of parameters of one layer; norms and biases are small and left out."""
         attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
         return attention + 3 * self.hidden_size * self.intermediate_size
 
     @property
     def num_parameters(self) -> int:
-        """Of the whole model."""
+        """Number of parameters of the whole model."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.ties_embeddings else 2)
         return embeddings + self.num_layers * self.num_layer_parameters
 
     @property
     def num_read_parameters(self) -> int:
-        """Read in one forward pass: all but the table that embeds the input."""
+        """Number of parameters read in one forward pass: all but the table that embeds the input."""
         return self.num_layers * self.num_layer_parameters + self.vocab_size * self.hidden_size
 
 
-def _llama(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int, **more) -> ModelShape:
+def _llama(
+    layers: int,
+    hidden: int,
+    intermediate: int,
+    heads: int,
+    kv_heads: int,
+    vocab: int,
+    *,
+    head_dim: int | None = None,
+    ties_embeddings: bool = False,
+) -> ModelShape:
+    """Sizes of one of the models below; where `head_dim` is None, the heads share out the hidden size."""
     return ModelShape(
         num_layers=layers,
         hidden_size=hidden,
@@ -48,7 +59,8 @@ def _llama(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: in
         num_heads=heads,
         num_kv_heads=kv_heads,
         vocab_size=vocab,
-        **{"head_dim": hidden // heads} | more,
+        head_dim=head_dim or hidden // heads,
+        ties_embeddings=ties_embeddings,
     )
 
 
@@ -65,11 +77,14 @@ PUBLISHED = {
     "Qwen/Qwen3-8B": _llama(36, 4096, 12288, 32, 8, 151936, head_dim=128),
     "Qwen/Qwen3-0.6B": _llama(28, 1024, 3072, 16, 8, 151936, head_dim=128, ties_embeddings=True),
 }
-"""By hub id: the pairs of conf/model."""
+"""Sizes of the models of conf/model, by hub id."""
 
 
 def model_shape(key: str, name: str, source: str) -> ModelShape:
-    """Of the folder `source`, or of a published model; `name` is the value of `key`. Raises ConfigError."""
+    """Sizes of the model in the folder `source`, or of a published one; `name` is the value of `key`.
+
+    Raises ConfigError where neither tells them.
+    """
     folder = Path(source)
     if not folder.is_dir():
         if name in PUBLISHED:

@@ -1,14 +1,14 @@
-"""Where a model's name leads: a local folder or the hub. Standard library only."""
+"""Source of a model by its name: a local folder or the hub. Standard library only."""
 
 from pathlib import Path
 
-from conf.schema import ConfigError
+from conf.values import ConfigError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
 
 def model_source(key: str, name: str) -> str:
-    """An existing folder (a relative one is looked for here, then in the project), else `name` as a hub id.
+    """Returns an existing folder (a relative one is looked for here, then in the project), else `name` as a hub id.
 
     Raises ConfigError where `key`'s value can be neither.
     """

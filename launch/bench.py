@@ -12,39 +12,33 @@ Exit codes: 0 done; 1 some contender failed, the others were measured; 2 bad con
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib import import_module
 from pathlib import Path
 
 from rich.console import Console
 
-from conf.schema import ConfigError
 from launch.assembly.start_checks import check_start
 from launch.benchmark.config import read_bench_config
-from launch.command_line.outcome import ExitCode, refuse
+from launch.command_line.outcome import ExitCode
+from launch.command_line.program import program
 
 PIPED_WIDTH = 120
+"""Characters of a line, at least, where the table goes to a file or another program."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The program; `argv` without its name."""
+@program
+def main(argv: list[str]) -> int:
+    """Measures the grid; the exit code tells whether a contender failed."""
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, PIPED_WIDTH)
-    argv = sys.argv[1:] if argv is None else argv
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        config = read_bench_config(argv)
-        check_start(config)
-        folder = Path(config.output)
-        folder.mkdir(parents=True, exist_ok=True)
-        side_by_side = import_module("launch.benchmark.side_by_side")  # and torch with it: seconds
-        num_failed = side_by_side.SideBySide(config=config, folder=folder, console=console, argv=argv).run()
-    except KeyboardInterrupt:
-        return ExitCode.interrupted
-    except ConfigError as error:
-        return refuse(error)
+    config = read_bench_config(argv)
+    check_start(config)
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    side_by_side = import_module("launch.benchmark.side_by_side")  # and torch with it: seconds
+    num_failed = side_by_side.SideBySide(config=config, folder=folder, console=console, argv=argv).run()
     return ExitCode.failed if num_failed else ExitCode.done
 
 

@@ -1,1 +1,1 @@
-"""What happens next: the speculation hierarchy, its session and its reports."""
+"""The order of things: the speculation hierarchy, its session, its processes and its reports."""

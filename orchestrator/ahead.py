@@ -24,9 +24,9 @@ from conf.schema import Overlap
 from workers.messages import Draft, InnerStep, Verdict
 
 INITIAL_ACCEPTANCE, INITIAL_HITS, MEMORY = 0.85, 0.6, 0.9
-"""Of the running means, before anything was measured; the share that an update leaves of what was."""
+"""First values of the running means, before anything was measured; the share of a mean that an update leaves."""
 MIN_PROBABILITY = 0.005
-"""Less likely paths are not worth the cache that they push out."""
+"""Least probability of a path that is worth drafting: others push out of the cache what is likelier."""
 
 
 @dataclass(kw_only=True)
@@ -37,7 +37,7 @@ class _Path:
     prefix: list[int]
     """Tokens behind the committed ones that the draft follows: accepted ones and, of a rejection, the guess."""
     guess: int | None
-    """Of the added token; None where the path's own first token is it."""
+    """Guess of the token that the target adds; None where the path's own first token is the guess."""
     probability: float
     branch: int
     draft: Draft = field(default_factory=Draft)
@@ -55,7 +55,7 @@ class _Path:
 
 @dataclass(kw_only=True)
 class AheadRecord:
-    """What drafting ahead did during one verification."""
+    """Counts of one verification: what was drafted ahead during it, and whether it was of use."""
 
     num_steps: int = 0
     num_paths: int = 0
@@ -78,9 +78,9 @@ class DraftingAhead:
         self._block = Draft()
         self.record = AheadRecord()
         self.next_draft = Draft()
-        """What the next block begins with..."""
+        """Draft that the next block begins with."""
         self.next_steps: list[tuple[int, int]] = []
-        """...and the inner steps that made it."""
+        """Inner steps that made `next_draft`: (proposed, accepted) of each."""
 
     def draft_while(self, is_waiting: Callable[[], bool], block: Draft, remaining: int, block_tokens: int) -> None:
         """Drafts paths behind `block`, which is being verified, of up to `block_tokens`.
@@ -171,7 +171,7 @@ class DraftingAhead:
             self._hits_behind_all = MEMORY * self._hits_behind_all + (1 - MEMORY) * is_hit
 
     def take_next(self) -> tuple[Draft, list[tuple[int, int]]]:
-        """What the next block begins with, once."""
+        """Hands out, once, the draft that the next block begins with and the inner steps that made it."""
         draft, steps = self.next_draft, self.next_steps
         self.next_draft, self.next_steps = Draft(), []
         return draft, list(steps)

@@ -1,4 +1,4 @@
-"""What the terminal shows: the text as it is accepted, coloured by the level that proposed it, and a table at the end.
+"""The terminal's view of a run: the text as it is accepted, coloured by the level that proposed it; then a table.
 
 On a terminal finished lines scroll up and a live part below holds the line being written, the legend and running
 figures. Anywhere else the same text comes as plain lines, without escape codes.
@@ -17,8 +17,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.hierarchy import Round
 from orchestrator.metrics import Metrics
+from orchestrator.round import Round
 from workers.messages import DRAFTER, RETRIEVAL, TARGET
 
 # Okabe and Ito's sky blue and orange, told apart with any colour vision; the target's own tokens are bold besides.
@@ -114,7 +114,7 @@ class Display:
 
     def _print_finished_lines(self) -> None:
         """Keeps the line being written; lines wider than the terminal are broken where they would be anyway."""
-        lines = self._line.split("\n", allow_blank=True)
+        lines = list(self._line.split("\n", allow_blank=True))
         if self._live is not None and len(lines[-1]):
             lines[-1:] = lines[-1].wrap(self._console, self._console.width)
         self._line = lines.pop() if lines else Text()
@@ -140,10 +140,13 @@ class Display:
 
     def _running_figures(self, metrics: Metrics) -> Text:
         figures = [f"{metrics.num_tokens:,} tokens"]
-        if metrics.num_decoded:
-            figures.append(f"{metrics.tokens_per_s:.1f} tokens/s")
-            figures.append(f"TBT {1000 * metrics.tbt_mean_s:.1f} ms")
-            figures.append(f"{metrics.tokens_per_verification:.2f} tokens/verification")
+        for measured, form in (
+            (metrics.tokens_per_s, "{:.1f} tokens/s"),
+            (metrics.tbt_mean_s and 1000 * metrics.tbt_mean_s, "TBT {:.1f} ms"),
+            (metrics.tokens_per_verification, "{:.2f} tokens/verification"),
+        ):
+            if measured is not None:
+                figures.append(form.format(measured))
         for level in metrics.levels:
             if level.acceptance_rate is not None:
                 figures.append(f"{level.name} {level.acceptance_rate:.0%} accepted")

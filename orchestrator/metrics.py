@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from orchestrator.ahead import AheadRecord
-from orchestrator.hierarchy import Round
+from orchestrator.round import Round
 from workers.messages import DRAFTER, RETRIEVAL
 
 
 class LevelCounts:
-    """How one level's proposals fared with the level that verified them."""
+    """Counts of one level's proposals, and of those that the level above accepted."""
 
     def __init__(self, name: str):
         self.name = name
@@ -48,9 +48,9 @@ class LevelCounts:
 
 
 class AheadCounts:
-    """What drafting during verifications brought."""
+    """Counts of what drafting during verifications brought."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.verifications = self.hits = self.steps = self.paths = self.tokens = 0
 
     def add(self, record: AheadRecord) -> None:
@@ -169,7 +169,7 @@ class Metrics:
 
 
 def percentile(values: Iterable[float], percent: float) -> float | None:
-    """With linear interpolation between the two nearest values; None of nothing."""
+    """The `percent`-th percentile, with linear interpolation between the two nearest values; None if there are none."""
     ordered: Sequence[float] = sorted(values)
     if not ordered:
         return None

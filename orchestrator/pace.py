@@ -1,4 +1,4 @@
-"""How much is drafted in a round: as configured, or chosen anew for each from measured costs and running acceptance.
+"""The pace of drafting: γ1, γ2 and the budget of each round, chosen from measured costs and running acceptance.
 
 The choice maximises tokens per second, expected tokens over expected seconds of a round of γ1 and γ2 (and, at a
 rebuild, of each budget of the retrieval cache):
@@ -14,18 +14,15 @@ see orchestrator.ahead): a choice is made from earlier rounds alone, before the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from orchestrator.hierarchy import Round
+from orchestrator.round import Round
 
 WARM_UP = ((1, 4), (0, 6), (2, 10))
 """γ1 and γ2 of the first rounds, which teach what a row of a pass costs."""
-GAMMAS2 = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64)
 PROBE_AFTER, PROBE = 32, (1, 2)
 """Rounds without drafting, after which one drafts, to see whether it would pay by now; twice as many after each."""
 MEMORY_OF_COSTS, MEMORY_OF_TOKENS = 0.97, 0.985
-"""What is left of an observation's weight after the next one."""
+"""Share of an observation's weight that is left after the next one."""
 PRIOR_TOKENS = 4.0
 """Weight of what is assumed of an acceptance before it was seen, in tokens."""
 INITIAL_ACCEPTANCE = {"draft": 0.5, "retrieval": 0.85}
@@ -34,7 +31,7 @@ BUDGET_EXPONENT = 0.25
 TOKENS_TO_LEAVE_A_BUDGET, TOKENS_TO_TRUST_A_BUDGET = 16.0, 48.0
 """Proposed to the target since it was chosen."""
 WORTH_REBUILDING = 0.04
-"""By which share another budget must be faster."""
+"""Share by which another budget must be faster to be worth a rebuild."""
 
 
 class Cost:
@@ -166,7 +163,7 @@ class AdaptivePace:
         return min(choices)
 
     def _seconds_of_drafted(self, budget: int, gamma1: int, tokens_per_step: float) -> float:
-        """For each token of a block."""
+        """Seconds that drafting takes for each token of a block."""
         if not self._budgets:
             return self._draft.at()
         slots = (budget + self._tokens_since_rebuild) / 1024
@@ -198,7 +195,7 @@ class AdaptivePace:
             self._of_budget[round_.budget or 0].add(num_proposed, round_.num_accepted)
 
     def _learn_drafting(self, round_: Round) -> None:
-        """What was drafted ahead took no time of the round: its steps are left out of the costs."""
+        """Learns from the inner steps. Those made ahead took no time of the round: they are left out of the costs."""
         for num_proposed, num_accepted in round_.inner_steps:
             self._of_drafter.add(num_proposed, num_accepted)
         own_steps = round_.inner_steps[round_.num_steps_ahead :]
@@ -207,7 +204,7 @@ class AdaptivePace:
             self._draft.add(round_.seconds["draft"] / num_drafted)
         if own_steps:
             rows = 1 + num_drafted / len(own_steps)
-            slots = (round_.budget + self._tokens_since_rebuild) / 1024
+            slots = ((round_.budget or 0) + self._tokens_since_rebuild) / 1024
             self._retrieval.add(round_.seconds["retrieval"] / len(own_steps), rows, slots)
 
     def wants_rebuild(self) -> bool:
@@ -216,7 +213,7 @@ class AdaptivePace:
         if len(self._budgets) < 2 or self._num_rounds <= len(WARM_UP) or not is_known:
             return False
         seconds = {budget: self._best(budget)[0] for budget in self._budgets}
-        fastest = min(self._budgets, key=seconds.get)
+        fastest = min(self._budgets, key=lambda budget: seconds[budget])
         if seconds[fastest] > seconds[self._key] * (1 - WORTH_REBUILDING):
             return False
         self.budget = fastest
@@ -229,7 +226,7 @@ def _add_outer(matrix: list[list[float]], row: list[float], weight: float) -> No
 
 
 def _solution(matrix: list[list[float]], right: list[float]) -> list[float]:
-    """Of a positive definite system, by elimination: a few numbers, for which no library need be loaded."""
+    """Solves a positive definite system by elimination: a few numbers, for which no library need be loaded."""
     lines = [[*line, value] for line, value in zip(matrix, right, strict=True)]
     for at, pivot in enumerate(lines):
         pivot[:] = [value / pivot[at] for value in pivot]

@@ -1,4 +1,4 @@
-"""Which rank plays which role, and on which device. Policy only: numbers in, a Placement or a ConfigError out."""
+"""Placement: which rank plays which role, on which device. Numbers in, a Placement or a ConfigError out."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _require_ranks(condition: bool, kind: PlacementKind, world_size: int, rule: 
 
 @dataclass(kw_only=True, frozen=True)
 class Seat:
-    """Where a rank runs."""
+    """Node and devices of a rank."""
 
     node: int
     num_devices: int
@@ -103,7 +103,7 @@ def devices_for(placement: Placement, seats: Mapping[int, Seat], wanted: str) ->
 
     `wanted` is placement.device: `cpu`, or `auto` or `cuda` for GPUs where there are any. Raises ConfigError.
     """
-    devices = {}
+    devices: dict[int, str] = {}
     for node in sorted({seats[rank].node for rank in placement.worker_ranks}):
         ranks = [rank for rank in placement.worker_ranks if seats[rank].node == node]
         count = 0 if wanted == "cpu" else min(seats[rank].num_devices for rank in ranks)
@@ -140,7 +140,7 @@ def _devices_of_node(placement: Placement, ranks: list[int], count: int) -> dict
 def sharing_notes(
     placement: Placement, seats: Mapping[int, Seat], devices: Mapping[int, str], with_mps: Collection[int]
 ) -> list[str]:
-    """What the user should know of GPUs that several processes share; `with_mps` are the ranks that may use MPS."""
+    """Notes for the user on GPUs that several processes share; `with_mps` are the ranks that may use MPS."""
     by_device: dict[tuple[int, str], list[int]] = {}
     for rank in placement.worker_ranks:
         if devices[rank] != "cpu":

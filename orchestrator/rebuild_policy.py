@@ -1,4 +1,4 @@
-"""When the retrieval cache is built anew: never, every n verifications, or when the acceptance falls."""
+"""The policy of rebuilding the retrieval cache: never, every n verifications, or when the acceptance falls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RebuildPolicy:
         if not num_proposed or self._rebuild == "never":
             return False
         self._rates.append(num_accepted / num_proposed)
-        if self._rebuild != "adaptive":
+        if isinstance(self._rebuild, int):
             return len(self._rates) >= self._rebuild
         if len(self._rates) <= self.RECENT:
             return False

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: rounds.jsonl, a line per round as it happens, and result.json at the end."""
+"""The files that a run leaves: rounds.jsonl, a line per round as it happens, and result.json at the end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-from orchestrator.hierarchy import Round
+from orchestrator.round import Round
 
 ROUNDS, RESULT = "rounds.jsonl", "result.json"
 PROJECT = Path(__file__).resolve().parents[1]
@@ -53,7 +53,7 @@ class Report:
 
 
 def versions() -> dict[str, str | None]:
-    """Of what decides the tokens; null for what is not installed."""
+    """Versions of what decides the tokens; None for what is not installed."""
     known: dict[str, str | None] = {"python": platform.python_version()}
     known |= {name: installed_version(distribution) for name, distribution in DISTRIBUTIONS.items()}
     return known | {"tierforce": installed_version("tierforce") or project_version()}
@@ -67,6 +67,6 @@ def installed_version(distribution: str) -> str | None:
 
 
 def project_version() -> str | None:
-    """Of a clone that is run in place."""
+    """The version of a clone that is run in place, from its pyproject.toml."""
     path = PROJECT / "pyproject.toml"
     return tomllib.loads(path.read_text(encoding="utf-8"))["project"]["version"] if path.exists() else None

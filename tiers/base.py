@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -18,22 +18,22 @@ QUANTUM = 64
 
 
 PAGE_BYTES = 4096
-"""What direct reads from a disk want their offsets, lengths and addresses to be multiples of."""
+"""Bytes of which offsets, lengths and addresses of direct reads from a disk are multiples."""
 
 
 def padded(num_tokens: int) -> int:
-    """The next multiple of QUANTUM."""
+    """The next multiple of QUANTUM tokens."""
     return -(-num_tokens // QUANTUM) * QUANTUM
 
 
 def padded_to_pages(num_bytes: int) -> int:
-    """What a block of so many bytes takes in a file."""
+    """Bytes that a block of `num_bytes` takes in a file: whole pages."""
     return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class CacheShape:
-    """What one token's keys and values look like."""
+    """Shape of one token's keys and values in all layers of a model."""
 
     num_layers: int
     num_kv_heads: int
@@ -42,10 +42,12 @@ class CacheShape:
 
     @property
     def bytes_per_token_and_layer(self) -> int:
+        """Bytes of one token's keys and values in one layer."""
         return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
     @property
     def bytes_per_token(self) -> int:
+        """Bytes of one token's keys and values in all layers."""
         return self.num_layers * self.bytes_per_token_and_layer
 
 
@@ -60,11 +62,12 @@ class BlockShape:
 
     @property
     def size(self) -> tuple[int, int, int, int]:
-        """[2, H, B, D]: keys, then values."""
+        """Size [2, H, B, D] of the tensor: keys, then values."""
         return 2, self.num_kv_heads, self.num_tokens, self.head_dim
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the block's keys and values."""
         return 2 * self.num_kv_heads * self.num_tokens * self.head_dim * self.dtype.itemsize
 
 
@@ -76,9 +79,25 @@ class Tier(Protocol):
     peak_bytes: int
 
     def allocate(self, *size: int, dtype: torch.dtype) -> torch.Tensor:
-        """Raises OutOfTierMemoryError."""
+        """A tensor of `size`, its values undefined. Raises OutOfTierMemoryError."""
 
-    def free(self, tensor: torch.Tensor) -> None: ...
+    def free(self, tensor: torch.Tensor) -> None:
+        """Counts the tensor's bytes as given back."""
+
+
+class StoredBlock(Protocol):
+    """A block that is not in memory, to be streamed like one that is."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the block's keys and values."""
+
+    def read_into(self, buffer: torch.Tensor) -> None:
+        """Fills `buffer`, on the host. Raises DamagedBlockError."""
+
+
+BlockSource = torch.Tensor | StoredBlock
+"""Source of a streamed block: its memory on the host, or that which reads it."""
 
 
 class BlockStore(Protocol):
@@ -89,14 +108,17 @@ class BlockStore(Protocol):
     def write(self, index: int, rows: torch.Tensor) -> None:
         """Stores `rows` [2, H, B, D], of any device, as block `index`."""
 
-    def source(self, index: int) -> Any:
-        """What a streamer copies: a tensor, or a tiers.transfer.StoredBlock."""
+    def source(self, index: int) -> BlockSource:
+        """Source from which a streamer copies block `index`."""
 
     def read(self, index: int, begin: int, end: int) -> torch.Tensor:
-        """[2, H, end - begin, D] of block `index`, on the host. Raises DamagedBlockError."""
+        """Tokens `begin` to `end` of block `index`, [2, H, end - begin, D], on the host. Raises DamagedBlockError."""
 
     def gather(self, heads: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """[2, n, D], on the host: of head `heads[i]` the token at position `tokens[i]`. Raises DamagedBlockError."""
+        """Keys and values [2, n, D] on the host: of head `heads[i]` the token at position `tokens[i]`.
+
+        Raises DamagedBlockError.
+        """
 
 
 @dataclass(slots=True)
@@ -127,18 +149,24 @@ class KVCache(Protocol):
     which the tokens count. The segments of a layer cover what the level sees, the new tokens in the last of them.
     """
 
-    length: int
+    @property
+    def length(self) -> int:
+        """Number of tokens that count."""
 
-    def begin(self, num_new: int) -> None: ...
+    def begin(self, num_new: int) -> None:
+        """Begins a forward pass over `num_new` tokens."""
+
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Keys and values [H, T, D] of the new tokens."""
+        """Takes keys and values [H, T, D] of the new tokens."""
 
     def segments(self, layer: int) -> Iterator[Segment]:
-        """A segment is valid until the next one is asked for."""
+        """Yields what the level sees of a layer; a segment is valid until the next one is asked for."""
 
-    def end(self) -> None: ...
+    def end(self) -> None:
+        """Ends the pass: from now on its tokens count."""
+
     def abort(self) -> None:
-        """The pass failed: as if it had not begun."""
+        """Undoes a pass that failed, as if it had not begun."""
 
     def truncate(self, length: int) -> None:
         """Rolls back to the first `length` tokens."""
@@ -155,7 +183,7 @@ def page_aligned(num_bytes: int) -> torch.Tensor:
 
 
 def gather_chunks(rows: torch.Tensor, chunk_ids: torch.Tensor, chunk_size: int) -> torch.Tensor:
-    """Chunks of `rows` [H, N, D], chosen per head by `chunk_ids` [H, m]: [H, m * chunk_size, D]."""
+    """Rows [H, m * chunk_size, D] of the chunks of `rows` [H, N, D] that `chunk_ids` [H, m] choose per head."""
     tokens = tokens_of_chunks(chunk_ids, chunk_size)
     return rows.gather(1, tokens[..., None].expand(-1, -1, rows.shape[-1]))
 

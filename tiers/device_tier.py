@@ -11,14 +11,14 @@ from tiers.errors import OutOfTierMemoryError
 
 
 class DeviceTier:
-    """Allocates on `device` and keeps count."""
+    """A tiers.base.Tier of memory on `device`."""
 
     def __init__(self, device: torch.device):
         self.name, self.device = "device", device
         self.used_bytes = self.peak_bytes = 0
 
     def allocate(self, *size: int, dtype: torch.dtype) -> torch.Tensor:
-        """See tiers.base.Tier."""
+        """A tensor on the device; on a CPU it begins at a page. Raises OutOfTierMemoryError."""
         try:
             if self.device.type == "cpu":
                 tensor = page_aligned(math.prod(size) * dtype.itemsize).view(dtype).view(size)
@@ -31,5 +31,5 @@ class DeviceTier:
         return tensor
 
     def free(self, tensor: torch.Tensor) -> None:
-        """The memory itself goes with the last reference."""
+        """Counts the tensor's bytes as given back; the memory itself goes with the last reference."""
         self.used_bytes -= tensor.nbytes

@@ -25,13 +25,19 @@ from tiers.checksum import CheckedBlock, checksum
 from tiers.errors import DamagedBlockError, OutOfTierMemoryError
 
 MEASURED_BYTES = 64 << 20
+"""Bytes read to measure a number of readers."""
 NUMS_OF_READERS = (1, 2, 4, 8, 16)
 WORTH_MORE_READERS = 1.15
+"""Speed-up that is worth twice as many readers."""
 NO_NAMELESS_FILES = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
+"""Errors of file systems that know no nameless files."""
 
 
 class DiskTier:
-    """Files in `folder`; keeps count of their bytes and of damaged blocks. `is_direct`: past the page cache."""
+    """Files in `folder`; keeps count of their bytes and of damaged blocks.
+
+    `is_direct`: whether all of them are read past the page cache.
+    """
 
     def __init__(self, folder: Path | str):
         self.name, self.folder = "disk", Path(folder)
@@ -92,14 +98,14 @@ class DiskTier:
         return file
 
     def page_buffer(self, num_bytes: int) -> torch.Tensor:
-        """This thread's, for one block at a time: blocks of all layers have the same size."""
+        """Buffer of this thread, for one block at a time: blocks of all layers have the same size."""
         pages = getattr(self._own, "pages", None)
         if pages is None or len(pages) != num_bytes:
             pages = self._own.pages = page_aligned(num_bytes).zero_()
         return pages
 
     def close(self) -> None:
-        """Gives the space back."""
+        """Gives the space of all files back."""
         for file in self._files:
             with contextlib.suppress(OSError):
                 os.close(file)
@@ -108,7 +114,7 @@ class DiskTier:
 
 
 def _reserve(file: int, num_bytes: int) -> None:
-    """Space that cannot be missing later; where the file system reserves none, only the file's length."""
+    """Takes space that cannot be missing later; where the file system reserves none, only sets the file's length."""
     try:
         os.posix_fallocate(file, 0, num_bytes)
     except OSError as error:
@@ -118,23 +124,28 @@ def _reserve(file: int, num_bytes: int) -> None:
 
 
 class DiskBlocks:
-    """The blocks of one layer in one file; see tiers.base.BlockStore. Threads may read and write different blocks."""
+    """The blocks of one layer in one file; a tiers.base.BlockStore. Threads may read and write different blocks.
+
+    `file` is the file's descriptor, for whoever reads the same bytes without this class: one block after another, each
+    of whole pages.
+    """
 
     def __init__(self, tier: DiskTier, file: int, shape: BlockShape, count: int):
         self.shape = shape
-        self._tier, self._file = tier, file
+        self.file = file
+        self._tier = tier
         self._checksums: list[int | None] = [None] * count
 
     def write(self, index: int, rows: torch.Tensor) -> None:
-        """See BlockStore. Raises OSError where the disk is full after all."""
+        """Stores `rows` [2, H, B, D] as block `index`. Raises OSError where the disk is full after all."""
         page_buffer = self._page_buffer()
         block = self._as_block(page_buffer)
         block.copy_(rows)
-        data = memoryview(page_buffer.numpy())
+        data = page_buffer.numpy().data
         self._checksums[index] = None
         at = 0
         while at < len(data):
-            at += os.pwrite(self._file, data[at:], index * len(data) + at)
+            at += os.pwrite(self.file, data[at:], index * len(data) + at)
         self._checksums[index] = checksum(block)
 
     def source(self, index: int) -> CheckedBlock:
@@ -144,11 +155,11 @@ class DiskBlocks:
         """Fills `buffer`, contiguous and of the block's size, on the host. Raises DamagedBlockError."""
         fits = buffer.data_ptr() % PAGE_BYTES == 0 and buffer.nbytes % PAGE_BYTES == 0
         pages = buffer.view(-1).view(torch.uint8) if fits else self._page_buffer()
-        data = memoryview(pages.numpy())
+        data = pages.numpy().data
         at = 0
         while at < len(data):
             try:
-                count = os.preadv(self._file, [data[at:]], index * len(data) + at)
+                count = os.preadv(self.file, [data[at:]], index * len(data) + at)
             except OSError as error:
                 if error.errno != errno.EIO:
                     raise
@@ -163,16 +174,16 @@ class DiskBlocks:
             buffer.copy_(block)
 
     def read(self, index: int, begin: int, end: int) -> torch.Tensor:
-        """See BlockStore; reads the whole block, which alone has a checksum."""
+        """Reads the whole block, which alone has a checksum; returns the tokens `begin` to `end`. See BlockStore."""
         block = self._read_block(index)
         return block[:, :, begin:end].clone()
 
     def gather(self, heads: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """See BlockStore; each block that has one of the tokens is read once."""
+        """Reads each block that has one of the tokens, once. See BlockStore."""
         size = self.shape.num_tokens
         rows = torch.empty(2, len(tokens), self.shape.head_dim, dtype=self.shape.dtype)
         which = tokens // size
-        for index in which.unique().tolist():
+        for index in torch.unique(which).tolist():
             chosen = which == index
             block = self._read_block(index)
             rows[:, chosen] = block[:, heads[chosen], tokens[chosen] - index * size]
@@ -183,25 +194,27 @@ class DiskBlocks:
         self._read_block(index)
 
     def _read_block(self, index: int) -> torch.Tensor:
-        """In this thread's buffer, until its next use."""
+        """Block `index` in this thread's buffer, valid until its next use. Raises DamagedBlockError."""
         block = self._as_block(self._page_buffer())
         self.read_into(index, block)
         return block
 
     def _page_buffer(self) -> torch.Tensor:
-        """Bytes of whole pages, of this thread."""
+        """Buffer of this thread, with whole pages for one block."""
         return self._tier.page_buffer(padded_to_pages(self.shape.num_bytes))
 
     def _as_block(self, pages: torch.Tensor) -> torch.Tensor:
+        """The block [2, H, B, D] in the bytes of whole pages."""
         return pages[: self.shape.num_bytes].view(self.shape.dtype).view(self.shape.size)
 
     def _damaged(self, index: int, what: str) -> DamagedBlockError:
+        """Counts a damaged block; returns the error that says what is wrong with it."""
         self._tier.num_damaged += 1
         return DamagedBlockError(f"block {index} of {len(self._checksums)} in {self._tier.folder} {what}")
 
 
 def best_num_readers(folder: Path | str, shape: BlockShape, most: int) -> tuple[int, float]:
-    """How many reads in flight a disk wants, at `most`, for blocks of `shape`, and the GB/s it then gives.
+    """Number of reads in flight that a disk wants for blocks of `shape`, at `most`, and the GB/s it then gives.
 
     Writes some blocks to `folder` and reads them by ever more threads, as long as that is a good deal faster: where the
     disk is as fast with fewer, they leave the processor to attention. Raises OutOfTierMemoryError.

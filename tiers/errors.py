@@ -1,4 +1,4 @@
-"""What can go wrong in a tier. Loads without torch."""
+"""Errors of tiers. Loads without torch."""
 
 from __future__ import annotations
 

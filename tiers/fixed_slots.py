@@ -18,25 +18,32 @@ from tiers.base import Segment
 class SlotCache(Protocol):
     """A KVCache whose memory stays where it is, with a slot for each token that it holds, in order."""
 
-    length: int
+    @property
+    def length(self) -> int:
+        """Number of tokens that count."""
 
     @property
     def next_slot(self) -> int:
-        """Of the first new token."""
+        """Slot of the first new token."""
 
     def slots(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [H, S, D] of all slots, S the same in all layers; finite where nothing was written."""
 
     def summaries(self, layer: int) -> Segment | None:
-        """What is seen beside the slots, with a bias that hides what is empty."""
+        """Segment that is seen beside the slots, with a bias that hides what is empty; None where there is none."""
 
-    def begin(self, num_new: int) -> None: ...
-    def end(self) -> None: ...
-    def abort(self) -> None: ...
+    def begin(self, num_new: int) -> None:
+        """Begins a forward pass over `num_new` tokens."""
+
+    def end(self) -> None:
+        """Ends the pass: from now on its tokens count."""
+
+    def abort(self) -> None:
+        """Undoes a pass that failed."""
 
 
 class FixedSlots:
-    """`cache` for one forward pass, whose new tokens go to the slots `places` [T], ascending by one; see KVCache.
+    """The KVCache of one forward pass over `cache`, whose new tokens go to slots `places` [T], ascending by one.
 
     The cache's own `begin` and `end` are the caller's.
     """

@@ -18,18 +18,19 @@ from contextlib import suppress
 
 import torch
 
-from tiers.base import PAGE_BYTES, BlockShape
+from tiers.base import PAGE_BYTES, BlockShape, BlockSource
 from tiers.checksum import CheckedBlock, checksum
 from tiers.errors import DamagedBlockError, OutOfTierMemoryError
 
 PIECE_BYTES = 256 << 20
+"""Bytes locked together, at most, if blocks are not larger."""
 LOCKING_THREADS = 8
 
 
 class PinnedHostTier:
-    """Allocates host memory, page-locked if `pin`, and keeps count. With `checksums`, blocks are checked when read.
+    """A tiers.base.Tier of host memory, page-locked if `pin`. With `checksums`, blocks are checked when read.
 
-    `on_locked(num_bytes)` is called as memory is locked, with all that was so far.
+    `on_locked(num_bytes)` is called as memory is locked, with the bytes of all that was so far.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class PinnedHostTier:
         self.used_bytes = self.peak_bytes = 0
 
     def allocate(self, *size: int, dtype: torch.dtype) -> torch.Tensor:
-        """See tiers.base.Tier."""
+        """A tensor in one piece. Raises OutOfTierMemoryError."""
         return self._allocate(size, dtype, math.prod(size) * dtype.itemsize)
 
     def _allocate(self, size: tuple[int, ...], dtype: torch.dtype, piece_bytes: int) -> torch.Tensor:
@@ -73,7 +74,7 @@ class PinnedHostTier:
         return CheckedHostBlocks(shape, memory, self) if self.checksums else HostBlocks(shape, memory)
 
     def free(self, tensor: torch.Tensor) -> None:
-        """The memory itself goes with the last reference."""
+        """Counts the tensor's bytes as given back; the memory itself goes with the last reference."""
         self.used_bytes -= tensor.nbytes
 
 
@@ -81,9 +82,11 @@ class _LockedMemory(mmap.mmap):
     """Memory that CUDA knows to be locked, until it is given back."""
 
     _unlock: Callable[[int], None] | None = None
+    _locked: list[int]
+    """Addresses of the pieces that are locked."""
 
     def lock(self, piece_bytes: int) -> Iterator[int]:
-        """In pieces of so many bytes; yields the size of each when it is done. Raises RuntimeError."""
+        """Locks pieces of `piece_bytes` each; yields the bytes of each when it is done. Raises RuntimeError."""
         from cupy.cuda import runtime
 
         address = ctypes.addressof(ctypes.c_char.from_buffer(self))
@@ -100,7 +103,7 @@ class _LockedMemory(mmap.mmap):
             for piece in as_completed([threads.submit(lock_piece, at) for at in range(0, len(self), piece_bytes)]):
                 yield piece.result()
 
-    def __del__(self):
+    def __del__(self) -> None:
         if self._unlock is not None:
             for address in self._locked:
                 with suppress(RuntimeError):  # where the program ends, CUDA may have ended before
@@ -108,7 +111,7 @@ class _LockedMemory(mmap.mmap):
 
 
 class HostBlocks:
-    """The blocks of one layer, one after another; see tiers.base.BlockStore."""
+    """The blocks of one layer, one after another; a tiers.base.BlockStore."""
 
     def __init__(self, shape: BlockShape, memory: torch.Tensor):
         self.shape, self._memory = shape, memory
@@ -116,7 +119,7 @@ class HostBlocks:
     def write(self, index: int, rows: torch.Tensor) -> None:
         self._memory[index].copy_(rows, non_blocking=True)
 
-    def source(self, index: int) -> torch.Tensor:
+    def source(self, index: int) -> BlockSource:
         return self._memory[index]
 
     def read(self, index: int, begin: int, end: int) -> torch.Tensor:
@@ -132,13 +135,14 @@ class CheckedHostBlocks(HostBlocks):
 
     def __init__(self, shape: BlockShape, memory: torch.Tensor, tier: PinnedHostTier):
         super().__init__(shape, memory)
-        self._tier, self._checksums = tier, [None] * len(memory)
+        self._tier = tier
+        self._checksums: list[int | None] = [None] * len(memory)
 
     def write(self, index: int, rows: torch.Tensor) -> None:
         self._memory[index].copy_(rows)
         self._checksums[index] = checksum(self._memory[index])
 
-    def source(self, index: int) -> CheckedBlock:
+    def source(self, index: int) -> BlockSource:
         return CheckedBlock(self, index)
 
     def read(self, index: int, begin: int, end: int) -> torch.Tensor:
@@ -146,7 +150,7 @@ class CheckedHostBlocks(HostBlocks):
         return super().read(index, begin, end)
 
     def gather(self, heads: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        for index in (tokens // self.shape.num_tokens).unique().tolist():
+        for index in torch.unique(tokens // self.shape.num_tokens).tolist():
             self.check(index, self._memory[index])
         return super().gather(heads, tokens)
 
@@ -156,7 +160,7 @@ class CheckedHostBlocks(HostBlocks):
         self.check(index, buffer)
 
     def check(self, index: int, block: torch.Tensor) -> None:
-        """Raises DamagedBlockError."""
+        """Holds `block`, on the host, against the checksum of block `index`. Raises DamagedBlockError."""
         if checksum(block) != self._checksums[index]:
             self._tier.num_damaged += 1
             raise DamagedBlockError(

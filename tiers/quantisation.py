@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tiers.base import QUANTUM, CacheShape, padded
+from tiers.base import QUANTUM, CacheShape, Tier, padded
 
 GROUP_TOKENS = QUANTUM
 
@@ -27,12 +27,12 @@ class Quantised:
     step: torch.Tensor
 
     def part(self, *index: int) -> Quantised:
-        """A view, of one index in each of the first dimensions."""
+        """A view of the part at `index`, one number for each of the first dimensions."""
         return Quantised(self.codes[index], self.low[index], self.step[index])
 
 
-def allocate_quantised(tier, shape: CacheShape, num_tokens: int, bits: int) -> Quantised:
-    """Zeros, of [layers, 2, H, padded(num_tokens), D]: `quantised_bytes` of them."""
+def allocate_quantised(tier: Tier, shape: CacheShape, num_tokens: int, bits: int) -> Quantised:
+    """Zeros of [layers, 2, H, padded(num_tokens), D], which take `quantised_bytes` of `tier`."""
     assert bits in (4, 8) and shape.head_dim % 2 == 0, f"{bits} bits, dimension {shape.head_dim}"
     groups = (shape.num_layers, 2, shape.num_kv_heads, padded(num_tokens) // GROUP_TOKENS)
     codes = tier.allocate(*groups, GROUP_TOKENS, shape.head_dim * bits // 8, dtype=torch.uint8)
@@ -41,7 +41,7 @@ def allocate_quantised(tier, shape: CacheShape, num_tokens: int, bits: int) -> Q
 
 
 def quantised_bytes(shape: CacheShape, num_tokens: int, bits: int) -> int:
-    """Of all layers, with what the codes are read by."""
+    """Bytes of the codes of all layers, keys and values, with the lows and steps that they are read by."""
     num_values = padded(num_tokens) * shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim
     return num_values * bits // 8 + num_values // GROUP_TOKENS * 2 * shape.dtype.itemsize
 
@@ -51,7 +51,7 @@ def quantise(rows: torch.Tensor, target: Quantised, bits: int) -> None:
     num_pad = -rows.shape[1] % GROUP_TOKENS
     if num_pad:
         rows = torch.cat([rows, rows[:, -1:].expand(-1, num_pad, -1)], dim=1)
-    rows = rows.unflatten(1, (-1, GROUP_TOKENS)).float()
+    rows = torch.unflatten(rows, 1, (-1, GROUP_TOKENS)).float()
     num_groups, highest = rows.shape[1], 2**bits - 1
     low, high = rows.aminmax(dim=2, keepdim=True)
     target.low[:, :num_groups] = low
@@ -63,14 +63,14 @@ def quantise(rows: torch.Tensor, target: Quantised, bits: int) -> None:
 
 
 def _paired(codes: torch.Tensor) -> torch.Tensor:
-    """Codes below 16, [..., D] -> [..., D / 2]: of the first half of the channels in the lower four bits."""
+    """Packs codes below 16, [..., D], to [..., D / 2]: the first half of the channels goes to the lower four bits."""
     first, second = codes.chunk(2, dim=-1)
     return first | second << 4
 
 
 def dequantise(source: Quantised, out: torch.Tensor) -> None:
-    """Reads the groups that `out` [H, N, D] has room for, N a multiple of GROUP_TOKENS."""
-    out = out.unflatten(1, (-1, GROUP_TOKENS))
+    """Reads from `source` the groups that `out` [H, N, D] has room for, N a multiple of GROUP_TOKENS."""
+    out = torch.unflatten(out, 1, (-1, GROUP_TOKENS))
     num_groups, dim = out.shape[1], out.shape[3]
     codes = source.codes[:, :num_groups]
     if codes.shape[-1] == dim:

@@ -18,7 +18,7 @@ KEYS, VALUES = 0, 1
 
 
 class QuantisedRetrievalCache:
-    """See tiers.retrieval_cache.RetrievalCache. Of what a rebuild brings, the first `budget` tokens are quantised."""
+    """A tiers.retrieval_cache.RetrievalCache of which the first `budget` tokens that a rebuild brings are quantised."""
 
     def __init__(
         self,
@@ -62,6 +62,7 @@ class QuantisedRetrievalCache:
 
     def _load_chosen(self, layer: int, new: LayerUpdate) -> LayerUpdate:
         """Quantises what the budget has room for; returns the rest."""
+        assert new.positions is not None, "a rebuild without positions"
         count = self._num_chosen = min(self._budget, new.k.shape[1])
         if count:
             quantise(new.k[:, :count], self._chunks.part(layer, KEYS), self._bits)
@@ -105,6 +106,10 @@ class QuantisedRetrievalCache:
         self._newer.truncate(length)
 
 
-def make_retrieval_cache(bits: int | None, *sizes, **more) -> RetrievalCache | QuantisedRetrievalCache:
-    """`bits` of a value of the chosen chunks, or None: as the model has them. The rest goes to the constructor."""
-    return RetrievalCache(*sizes, **more) if bits is None else QuantisedRetrievalCache(bits, *sizes, **more)
+def make_retrieval_cache(
+    bits: int | None, shape: CacheShape, budget: int, tail_tokens: int, slack: int, tier: Tier, num_summaries: int = 0
+) -> RetrievalCache | QuantisedRetrievalCache:
+    """A RetrievalCache whose chosen chunks have values of so many `bits`; None: as the model has them."""
+    if bits is None:
+        return RetrievalCache(shape, budget, tail_tokens, slack, tier, num_summaries)
+    return QuantisedRetrievalCache(bits, shape, budget, tail_tokens, slack, tier, num_summaries)

@@ -32,7 +32,7 @@ class LayerUpdate:
 
 @dataclass(slots=True)
 class RetrievalUpdate:
-    """What the verifier tells the retrieval cache: the true keys and values of some tokens.
+    """The true keys and values of some tokens, which the verifier tells the retrieval cache.
 
     A rebuild brings the chosen chunks; otherwise they are the tokens from position `start` on. Either way the cache
     then holds `length` tokens. `layers` may be made as they are taken, so that only one of them needs memory.
@@ -45,10 +45,10 @@ class RetrievalUpdate:
 
 
 class RetrievalCache:
-    """See tiers.base.KVCache; `length` counts the tokens of the sequence, of which it holds a part.
+    """A tiers.base.KVCache; `length` counts the tokens of the sequence, of which it holds a part.
 
-    `tail_tokens` is the room for tokens after the last rebuild, `slack` of which tentative ones may need at once.
-    `num_summaries` groups of other tokens have room in each layer.
+    It has room for `budget` tokens of chosen chunks, for `tail_tokens` after the last rebuild, `slack` of which
+    tentative ones may need at once, and for `num_summaries` groups of other tokens, per layer and kv head.
     """
 
     def __init__(
@@ -69,10 +69,11 @@ class RetrievalCache:
 
     @property
     def is_full(self) -> bool:
-        """The tail may not take another round: the cache must be rebuilt."""
+        """Whether the tail may not take another round: the cache must be rebuilt."""
         return self._slot(self.length) + self._slack > self._kv.shape[3]
 
     def _slot(self, position: int) -> int:
+        """Slot of the token at `position`, which came after the last rebuild."""
         return self._num_retrieved + position - self.base
 
     @property
@@ -99,6 +100,7 @@ class RetrievalCache:
             self._kv[layer, 0, :, first:end] = new.k
             self._kv[layer, 1, :, first:end] = new.v
             if update.is_rebuild:
+                assert new.positions is not None, "a rebuild without positions"
                 self._positions[layer, :, :end] = new.positions
                 self._load_summary(layer, new.summary)
             else:
@@ -111,7 +113,7 @@ class RetrievalCache:
 
     @property
     def written(self) -> tuple[int, list[int]]:
-        """What the last rebuild left: slots of the chosen chunks and what is behind them, summaries of each layer."""
+        """Numbers that `adopt` needs: slots that the last rebuild wrote, and summaries of each layer."""
         return self._num_retrieved, list(self._num_summaries)
 
     def adopt(self, *, is_rebuild: bool, length: int, num_slots: int, num_summaries: list[int]) -> None:
@@ -121,12 +123,14 @@ class RetrievalCache:
         self.length = length
 
     def _load_summary(self, layer: int, summary: Summary | None) -> None:
-        count = 0 if summary is None else summary.k.shape[1]
-        self._num_summaries[layer] = count
-        if count:
+        """Writes the summary of one layer, or that it has none."""
+        count = 0
+        if summary is not None:
+            count = summary.k.shape[1]
             self._summary_kv[layer, 0, :, :count] = summary.k
             self._summary_kv[layer, 1, :, :count] = summary.v
             self._summary_bias[layer, :, :count] = summary.log_count
+        self._num_summaries[layer] = count
         self._summary_bias[layer, :, count:] = -torch.inf  # padding
 
     def begin(self, num_new: int) -> None:

@@ -16,6 +16,7 @@ import torch
 from tiers.errors import OutOfTierMemoryError
 
 ALIGNMENT = 512
+"""Bytes of which the start of each tensor is a multiple."""
 
 
 class SharedArena:
@@ -44,7 +45,7 @@ class SharedArena:
             ) from error
 
     def allocate(self, *size: int, dtype: torch.dtype) -> torch.Tensor:
-        """Raises OutOfTierMemoryError where the arena was made too small."""
+        """The next tensor of the arena. Raises OutOfTierMemoryError where the arena was made too small."""
         num_bytes = math.prod(size) * dtype.itemsize
         start = -(-self.used_bytes // ALIGNMENT) * ALIGNMENT
         if start + num_bytes > self._bytes.numel():
@@ -54,20 +55,20 @@ class SharedArena:
         return self._bytes[start : start + num_bytes].view(dtype).view(size)
 
     def free(self, tensor: torch.Tensor) -> None:
-        """All of it goes together."""
+        """Does nothing: all tensors of an arena go together."""
 
     def description(self) -> dict[str, Any]:
-        """What `attached` needs in another process of this machine; JSON types and bytes."""
+        """All that `attached` needs in another process of this machine, of JSON types and bytes."""
         memory: dict[str, Any] = {"num_bytes": self._bytes.numel()}
         if self._file is None:
-            memory["cuda"] = list(self._bytes.untyped_storage()._share_cuda_())
+            memory["cuda"] = _shared_handle(self._bytes)
         else:
             memory |= {"pid": os.getpid(), "file": self._file}
         return {"memory": memory, "places": self._places}
 
 
 def arena_bytes(*num_bytes: int) -> int:
-    """What tensors of so many bytes take together."""
+    """Bytes that tensors of `num_bytes` each take together in an arena."""
     return sum(-(-count // ALIGNMENT) * ALIGNMENT for count in num_bytes)
 
 
@@ -88,9 +89,9 @@ def attached(description: dict[str, Any]) -> list[torch.Tensor]:
 
 
 def cuda_handle(tensor: torch.Tensor) -> dict[str, Any]:
-    """What `from_cuda_handle` needs in another process to have this tensor of a GPU; JSON types and bytes."""
+    """All that `from_cuda_handle` needs in another process for this tensor of a GPU, of JSON types and bytes."""
     return {
-        "storage": list(tensor.untyped_storage()._share_cuda_()),
+        "storage": _shared_handle(tensor),
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "size": list(tensor.shape),
         "stride": list(tensor.stride()),
@@ -99,14 +100,20 @@ def cuda_handle(tensor: torch.Tensor) -> dict[str, Any]:
 
 
 def from_cuda_handle(handle: dict[str, Any]) -> torch.Tensor:
-    """The same memory."""
+    """The tensor that `cuda_handle` told of, in the same memory."""
     storage = _storage_of(handle["storage"])
     empty = torch.empty(0, dtype=getattr(torch, handle["dtype"]), device=storage.device)
     return empty.set_(storage, handle["offset"], handle["size"], handle["stride"])
 
 
+def _shared_handle(tensor: torch.Tensor) -> list[Any]:
+    """Handle by which `_storage_of` has the memory of this tensor of a GPU in another process."""
+    return list(tensor.untyped_storage()._share_cuda_())  # type: ignore[no-untyped-call]  # torch has no types for it
+
+
 def _storage_of(handle: list[Any]) -> torch.UntypedStorage:
-    torch.cuda.init()
+    """The memory that `_shared_handle` told of, in this process."""
+    torch.cuda.init()  # type: ignore[no-untyped-call]  # torch has no types for it
     return torch.UntypedStorage._new_shared_cuda(*handle)
 
 
@@ -123,14 +130,16 @@ class AttachedPart:
         self._tensors, self._first_head = iter(attached(description)), first_head
 
     def allocate(self, *size: int, dtype: torch.dtype) -> torch.Tensor:
+        """The next tensor of the arena, or the part of it that has `size`."""
         whole = next(self._tensors)
         differing = [dim for dim, (ours, theirs) in enumerate(zip(size, whole.shape, strict=True)) if ours != theirs]
         assert len(differing) <= 1 and whole.dtype == dtype, f"{size} {dtype} is no part of {whole.shape} {whole.dtype}"
         return whole.narrow(differing[0], self._first_head, size[differing[0]]) if differing else whole
 
     def free(self, tensor: torch.Tensor) -> None:
-        """It is the maker's."""
+        """Does nothing: the memory is its maker's."""
 
 
 def _map(path: str, num_bytes: int) -> torch.Tensor:
+    """Bytes of the file `path`, shared with all who map it."""
     return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 import torch
 
 from tiers.base import CacheShape, Segment, Tier
-from tiers.full_cache import DeviceLayer
+from tiers.device_layer import DeviceLayer
 
 
 class StreamingLLMCache:
-    """See tiers.base.KVCache; `length` and all positions count slots of this cache.
+    """A tiers.base.KVCache; `length` and all positions count slots of this cache.
 
     `window_start` is the sequence position of the token in slot `sinks`; it depends on the sequence's length alone.
     """
@@ -29,7 +29,7 @@ class StreamingLLMCache:
 
     @property
     def capacity(self) -> int:
-        """Slots."""
+        """Number of slots."""
         return self.sinks + self.window + self.slack
 
     def reset(self) -> None:
@@ -37,12 +37,12 @@ class StreamingLLMCache:
         self.window_start = self.sinks
 
     def window_start_for(self, num_tokens: int) -> int:
-        """Where the window starts in a sequence of `num_tokens` tokens: a whole number of slacks after the sinks."""
+        """Position where the window of a sequence of `num_tokens` starts: a whole number of slacks after the sinks."""
         excess = num_tokens - self.capacity
         return self.sinks + max(0, -(-excess // self.slack)) * self.slack
 
     def slot(self, position: int) -> int:
-        """The slot of the token at `position` of the sequence (a sink or in the window)."""
+        """Slot of the token at `position` of the sequence (a sink or in the window)."""
         return position if position < self.sinks else self.sinks + position - self.window_start
 
     @property
@@ -56,7 +56,7 @@ class StreamingLLMCache:
         return k, v
 
     def summaries(self, layer: int) -> None:
-        """There are none; see tiers.fixed_slots.SlotCache."""
+        """None: this cache has no summaries; see tiers.fixed_slots.SlotCache."""
 
     def begin(self, num_new: int) -> None:
         assert self.length + num_new <= self.capacity, f"{self.length} + {num_new} of {self.capacity} slots"

@@ -1,4 +1,4 @@
-"""Copies between tiers: blocks stream through a few device buffers while attention computes; new ones go to their tier.
+"""Copies of blocks to the device: they stream through a few buffers there while attention computes.
 
 Why no copy races with its use:
 - A buffer is handed to the consumer only after the copy into it is done: on CUDA the compute stream waits for the
@@ -6,81 +6,73 @@ Why no copy races with its use:
 - A copy into a buffer is issued only when its consumer asked for the next block: on CUDA the copy stream waits for the
   event recorded on the compute stream at that moment; on a CPU the consumer's work is done when it asks.
 - A block is read only if it was complete when the pass began: on CUDA the copy stream first waits for all work then
-  queued on the compute stream, among it the writes to the host; on a CPU writes are done when `drain` returns.
+  queued on the compute stream, among it the writes to the host; on a CPU writes (tiers.block_writer) are done when
+  `drain` returns.
 - From disk to a CUDA device a block goes through a page-locked buffer, which is read into only after the copy out of
   it is done: the reading thread waits for that copy's event.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from tiers.base import Tier
+from tiers.base import BlockSource, StoredBlock, Tier
 from tiers.errors import DamagedBlockError
+from tiers.link import AS_FAST_AS_IT_IS, Link
 
 COPY_THREAD = "tierforce-stream"
-CATCH_UP_SECONDS = 1e-3
-"""A link is busy without a break if its next copy comes so soon: sleeping is not exact."""
+"""Prefix of the names of threads that copy."""
 
 
 @dataclass(slots=True)
 class StreamStats:
-    """What was streamed: seconds in which a copy was under way, and seconds in which attention waited for one."""
+    """Bytes streamed, seconds in which a copy was under way, and seconds in which attention waited for one."""
 
     num_bytes: int = 0
     seconds: float = 0.0
     stall_seconds: float = 0.0
 
 
-class StoredBlock(Protocol):
-    """A block that is not in memory, to be streamed like one that is."""
+class BlockStreamer(Protocol):
+    """Brings blocks to the device, ahead of the consumer by as many as there are buffers."""
 
-    nbytes: int
+    @property
+    def stats(self) -> StreamStats:
+        """Counts since the streamer was made."""
 
-    def read_into(self, buffer: torch.Tensor) -> None:
-        """Fills `buffer`, on the host. Raises DamagedBlockError."""
+    def begin(self, blocks: list[BlockSource]) -> None:
+        """Begins a pass that will take `blocks`, in this order."""
 
+    def take(self, count: int) -> Iterator[torch.Tensor]:
+        """Yields the next `count` blocks, on the device; each is valid until the next one is asked for."""
 
-class Link:
-    """An emulated link from host to device: copies over it take turns and no less time than at `gb_per_s`.
+    def end(self) -> None:
+        """Ends a pass all of whose blocks were taken. Raises DamagedBlockError for one that zeros have stood for.
 
-    None is as fast as the machine.
-    """
+        Not before: where ranks compute together, the others would wait for one that leaves the pass.
+        """
 
-    def __init__(self, gb_per_s: float | None):
-        self.gb_per_s = gb_per_s
-        self._lock = threading.Lock()
-        self._free_at = 0.0
+    def cancel(self) -> None:
+        """Gives up a pass that failed: what is left of it will not be taken."""
 
-    def pace(self, began: float, num_bytes: int) -> None:
-        """Returns when a copy of so many bytes, begun at time.perf_counter() == `began`, would be done."""
-        if self.gb_per_s is None:
-            return
-        with self._lock:
-            idle = began - self._free_at
-            self._free_at = (began if idle > CATCH_UP_SECONDS else self._free_at) + num_bytes / self.gb_per_s / 1e9
-            done_at = self._free_at
-        time.sleep(max(0.0, done_at - time.perf_counter()))
+    def close(self) -> None:
+        """Waits for copies under way, and ends the copy threads."""
 
 
-AS_FAST_AS_IT_IS = Link(None)
-
-
-def _copy_threads(count: int) -> ThreadPoolExecutor:
-    """Of one torch thread each: the compute threads need the cores. They start with their first copy."""
+def copy_threads(count: int) -> ThreadPoolExecutor:
+    """Threads that copy, each of one torch thread: compute threads need the cores. They start with their first copy."""
     return ThreadPoolExecutor(count, thread_name_prefix=COPY_THREAD, initializer=lambda: torch.set_num_threads(1))
 
 
 def _read(block: StoredBlock, buffer: torch.Tensor) -> DamagedBlockError | None:
-    """Fills `buffer` with the block; with zeros if it is damaged, and says so."""
+    """Fills `buffer` with the block; with zeros if it is damaged, and returns the error."""
     try:
         block.read_into(buffer)
     except DamagedBlockError as error:
@@ -90,7 +82,7 @@ def _read(block: StoredBlock, buffer: torch.Tensor) -> DamagedBlockError | None:
 
 
 class CpuBlockStreamer:
-    """Copies run ahead of the consumer in threads, by as many blocks as there are buffers."""
+    """A BlockStreamer whose copies run ahead of the consumer in threads."""
 
     def __init__(
         self,
@@ -103,16 +95,15 @@ class CpuBlockStreamer:
         link: Link = AS_FAST_AS_IT_IS,
     ):
         self._buffers = [tier.allocate(*block_size, dtype=dtype) for _ in range(num_buffers)]
-        self._link, self._threads = link, _copy_threads(num_threads)
+        self._link, self._threads = link, copy_threads(num_threads)
         self._damage: DamagedBlockError | None = None
         self.stats = StreamStats()
-        self._blocks: list[torch.Tensor | StoredBlock] = []
+        self._blocks: list[BlockSource] = []
         self._num_taken = 0
-        self._copies: deque[Future] = deque()
+        self._copies: deque[Future[tuple[torch.Tensor, float, float]]] = deque()
         self._counted_until = 0.0
 
-    def begin(self, blocks: list[torch.Tensor | StoredBlock]) -> None:
-        """A pass begins that will take `blocks`, in this order."""
+    def begin(self, blocks: list[BlockSource]) -> None:
         num_left = len(self._blocks) - self._num_taken
         assert not num_left, f"a pass begins with {num_left} blocks of the last one not taken"
         self._blocks, self._num_taken = blocks, 0
@@ -124,8 +115,8 @@ class CpuBlockStreamer:
         buffer = self._buffers[index % len(self._buffers)]
         self._copies.append(self._threads.submit(self._copy, self._blocks[index], buffer))
 
-    def _copy(self, block: torch.Tensor | StoredBlock, buffer: torch.Tensor) -> tuple[torch.Tensor, float, float]:
-        """The buffer, and when its copy began and ended."""
+    def _copy(self, block: BlockSource, buffer: torch.Tensor) -> tuple[torch.Tensor, float, float]:
+        """Copies `block`; returns the buffer, and when the copy began and ended, in seconds of time.perf_counter()."""
         began = time.perf_counter()
         if isinstance(block, torch.Tensor):
             buffer.copy_(block)
@@ -135,7 +126,6 @@ class CpuBlockStreamer:
         return buffer, began, time.perf_counter()
 
     def take(self, count: int) -> Iterator[torch.Tensor]:
-        """The next `count` blocks, on the device; each is valid until the next one is asked for."""
         num_left = len(self._blocks) - self._num_taken
         assert count <= num_left, f"{count} blocks asked for, {num_left} left of the pass"
         for _ in range(count):
@@ -149,22 +139,17 @@ class CpuBlockStreamer:
                 self._issue()
 
     def end(self) -> None:
-        """All blocks of the pass were taken. Raises DamagedBlockError for one that zeros have stood for.
-
-        Not before: where ranks compute together, the others would wait for one that leaves the pass.
-        """
         damage, self._damage = self._damage, None
         if damage is not None:
             raise damage
 
     def _count(self, num_bytes: int, began: float, ended: float) -> None:
-        """Time in which several copies were under way counts once."""
+        """Counts a copy from `began` to `ended`; time in which several were under way counts once."""
         self.stats.num_bytes += num_bytes
         self.stats.seconds += max(0.0, ended - max(began, self._counted_until))
         self._counted_until = max(self._counted_until, ended)
 
     def cancel(self) -> None:
-        """The pass failed: what is left of it will not be taken."""
         for copy in self._copies:
             copy.cancel()
         wait(self._copies)
@@ -172,13 +157,12 @@ class CpuBlockStreamer:
         self._blocks, self._num_taken, self._damage = [], 0, None
 
     def close(self) -> None:
-        """Ends the copy threads."""
         self.cancel()
         self._threads.shutdown()
 
 
 class CudaBlockStreamer:
-    """A copy stream; the host issues copies as buffers become free, without waiting for either stream.
+    """A BlockStreamer with a copy stream: the host issues copies as buffers become free, and waits for no stream.
 
     `staging` are page-locked buffers, as many as device buffers, through which blocks from disk go; or none.
     """
@@ -194,29 +178,28 @@ class CudaBlockStreamer:
         staging: Sequence[torch.Tensor] = (),
     ):
         self._buffers = [tier.allocate(*block_size, dtype=dtype) for _ in range(num_buffers)]
-        self._staging, self._threads = staging, _copy_threads(num_threads)
+        self._staging, self._threads = staging, copy_threads(num_threads)
         self._damage: DamagedBlockError | None = None
         self._device = self._buffers[0].device
-        self._copy_stream = torch.cuda.Stream(self._device)
-        self._copied = [torch.cuda.Event() for _ in self._buffers]
-        self._used = [torch.cuda.Event() for _ in self._buffers]
+        self._copy_stream = cuda_stream(self._device)
+        self._copied = [cuda_event() for _ in self._buffers]
+        self._used = [cuda_event() for _ in self._buffers]
         self._stats = StreamStats()
-        self._blocks: list[torch.Tensor | StoredBlock] = []
-        self._reads: list[Future | None] = [None] * num_buffers
+        self._blocks: list[BlockSource] = []
+        self._reads: list[Future[None] | None] = [None] * num_buffers
         self._num_issued = self._num_taken = 0
-        self._began: torch.cuda.Event | None = None
+        self._began = cuda_event(enable_timing=True)  # of this pass
         self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # on the compute stream, of this pass
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # of passes all of whose copies are issued
 
-    def begin(self, blocks: list[torch.Tensor | StoredBlock]) -> None:
-        """See CpuBlockStreamer.begin."""
+    def begin(self, blocks: list[BlockSource]) -> None:
         assert self._num_taken == len(self._blocks), "a pass begins with blocks of the last one not taken"
         self._count_waits()
         self._blocks, self._num_issued, self._num_taken = blocks, 0, 0
         if not blocks:
             return
         self._copy_stream.wait_stream(torch.cuda.current_stream(self._device))
-        self._began = torch.cuda.Event(enable_timing=True)
+        self._began = cuda_event(enable_timing=True)
         self._began.record(self._copy_stream)
         for _ in range(min(len(self._buffers), len(blocks))):
             self._issue()
@@ -245,13 +228,12 @@ class CudaBlockStreamer:
             self._copy(self._staging[slot], slot)
 
     def take(self, count: int) -> Iterator[torch.Tensor]:
-        """See CpuBlockStreamer.take."""
         num_left = len(self._blocks) - self._num_taken
         assert count <= num_left, f"{count} blocks asked for, {num_left} left of the pass"
         compute_stream = torch.cuda.current_stream(self._device)
         for _ in range(count):
             slot = self._num_taken % len(self._buffers)
-            reached, ready = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            reached, ready = (cuda_event(enable_timing=True) for _ in range(2))
             reached.record(compute_stream)
             self._finish_read(slot)
             compute_stream.wait_event(self._copied[slot])
@@ -259,7 +241,7 @@ class CudaBlockStreamer:
             self._waits.append((reached, ready))
             self._num_taken += 1
             if self._num_taken == len(self._blocks):
-                ended = torch.cuda.Event(enable_timing=True)
+                ended = cuda_event(enable_timing=True)
                 ended.record(self._copy_stream)
                 self._spans.append((self._began, ended))
             yield self._buffers[slot]
@@ -268,19 +250,18 @@ class CudaBlockStreamer:
                 self._issue()
 
     def end(self) -> None:
-        """See CpuBlockStreamer.end."""
         damage, self._damage = self._damage, None
         if damage is not None:
             raise damage
 
     def _finish_read(self, slot: int) -> None:
-        """Only when the copy is on its stream can another stream wait for it."""
+        """Waits until a copy from disk is on its stream: only then can another stream wait for it."""
         read, self._reads[slot] = self._reads[slot], None
         if read is not None:
             read.result()
 
     def _count_waits(self) -> None:
-        """Of the last pass, whose result the host has seen by now: this waits for nothing."""
+        """Counts the waits of the last pass, whose result the host has seen by now: this waits for nothing."""
         if self._waits:
             self._waits[-1][1].synchronize()
         self._stats.stall_seconds += sum(reached.elapsed_time(ready) for reached, ready in self._waits) / 1e3
@@ -288,7 +269,7 @@ class CudaBlockStreamer:
 
     @property
     def stats(self) -> StreamStats:
-        """Waits for the device. `seconds` spans whole passes; stalls are those of the compute stream."""
+        """Counts, for which this waits for the device; `seconds` span whole passes, stalls are the compute stream's."""
         torch.cuda.synchronize(self._device)
         self._count_waits()
         self._stats.seconds += sum(start.elapsed_time(end) for start, end in self._spans) / 1e3
@@ -296,65 +277,12 @@ class CudaBlockStreamer:
         return self._stats
 
     def cancel(self) -> None:
-        """See CpuBlockStreamer.cancel."""
         wait([read for read in self._reads if read is not None])
         self._reads = [None] * len(self._buffers)
         self._copy_stream.synchronize()
         self._blocks, self._num_issued, self._num_taken = [], 0, 0
 
     def close(self) -> None:
-        """Waits for copies under way."""
-        self.cancel()
-        self._threads.shutdown()
-
-
-class BlockWriter:
-    """Writes blocks behind the computation: in a thread, and on CUDA over a stream of its own.
-
-    What is written must stay as it is until `drain`.
-    """
-
-    def __init__(self, device: torch.device, num_threads: int = 1):
-        self._device, self._threads = device, _copy_threads(num_threads)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._writes: list[Future] = []
-
-    def submit(self, write: Callable[[], None]) -> None:
-        """`write` copies something that was queued for computation before this call."""
-        ready = None
-        if self._stream is not None:
-            ready = torch.cuda.Event()
-            ready.record(torch.cuda.current_stream(self._device))
-        self._writes.append(self._threads.submit(self._write, write, ready))
-
-    def _write(self, write: Callable[[], None], ready: torch.cuda.Event | None) -> None:
-        if self._stream is None:
-            write()
-            return
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            self._stream.wait_event(ready)
-            write()
-
-    def drain(self) -> None:
-        """Waits until all is written; raises what a write raised."""
-        writes, self._writes = self._writes, []
-        wait(writes)
-        if self._stream is not None:
-            self._stream.synchronize()
-        for write in writes:
-            write.result()
-
-    def cancel(self) -> None:
-        """What is not yet written will not be, and what went wrong does not matter."""
-        for write in self._writes:
-            write.cancel()
-        wait(self._writes)
-        self._writes = []
-        if self._stream is not None:
-            self._stream.synchronize()
-
-    def close(self) -> None:
-        """Ends the threads."""
         self.cancel()
         self._threads.shutdown()
 
@@ -369,13 +297,24 @@ def make_streamer(
     num_threads: int = 1,
     link: Link = AS_FAST_AS_IT_IS,
     staging_tier: Tier | None = None,
-):
+) -> BlockStreamer:
     """The streamer for blocks of this size to `device`, whose buffers come from `device_tier`.
 
     Blocks from disk need `staging_tier`, of host memory. `link` is emulated on a CPU only.
     """
     if device.type != "cuda":
         return CpuBlockStreamer(block_size, dtype, num_buffers, device_tier, num_threads=num_threads, link=link)
-    count = num_buffers if staging_tier is not None else 0
-    staging = [staging_tier.allocate(*block_size, dtype=dtype) for _ in range(count)]
+    staging = []
+    if staging_tier is not None:
+        staging = [staging_tier.allocate(*block_size, dtype=dtype) for _ in range(num_buffers)]
     return CudaBlockStreamer(block_size, dtype, num_buffers, device_tier, num_threads=num_threads, staging=staging)
+
+
+def cuda_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream of its own on `device`."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types for it
+
+
+def cuda_event(*, enable_timing: bool = False) -> torch.cuda.Event:
+    """A new event of a stream, not yet recorded."""
+    return torch.cuda.Event(enable_timing=enable_timing)  # type: ignore[no-untyped-call]  # torch has no types for it

@@ -11,6 +11,8 @@ A level is lossless if each token it hands up has, given its prefix, exactly the
     gumbel     Daliri, Musco, Suresh 2408.07978: every level takes the winner of one race, argmax(log p + Gumbel noise),
                whose noise depends on (seed, position) alone. A draft is accepted if it is the target's own winner, so
                the tokens do not depend on the drafts at all.
+
+Long because what makes a distribution, draws from it and judges by it is to be read in one place.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ def distribution(logits: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor
 
 
 def _cut(probs: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:
-    """Of descending probabilities [n, m] those that stay, adding up to 1.
+    """Descending probabilities [n, m] with those that top-k and top-p leave, adding up to 1, and 0 for the others.
 
     Sums run from the first to the last, so that what is behind the last that stays changes no bit.
     """
@@ -89,7 +91,7 @@ class RandomSource(Protocol):
     """Where decisions come from; tests replace it by one that walks every branch."""
 
     def start_round(self, index: int) -> None:
-        """Verification number `index` begins."""
+        """Begins verification number `index`."""
 
     def choose(self, probs: torch.Tensor, position: int, purpose: int) -> int:
         """A token drawn from `probs` [V] for the sequence position `position`."""
@@ -101,7 +103,7 @@ class RandomSource(Protocol):
         """The winner of position's race under `probs` [V]; the same noise for every level."""
 
     def scores(self, probs: torch.Tensor, position: int) -> torch.Tensor:
-        """By which `race` decides."""
+        """The scores [V] of the position's race: its winner has the highest."""
 
 
 class KeyedRandom:
@@ -125,7 +127,7 @@ class KeyedRandom:
         return np.random.Generator(np.random.Philox(counter=counter, key=np.array([self._seed, 0], dtype=np.uint64)))
 
     def uniform(self, position: int, purpose: int) -> float:
-        """In [0, 1)."""
+        """A number in [0, 1)."""
         return float(self._generator(position, purpose, self._round).random())
 
     def choose(self, probs: torch.Tensor, position: int, purpose: int) -> int:
@@ -143,7 +145,7 @@ class KeyedRandom:
         return int(self.scores(probs, position).argmax())
 
     def scores(self, probs: torch.Tensor, position: int) -> torch.Tensor:
-        """Of position's race [V]: the highest wins."""
+        """The scores [V] of the position's race: the highest wins."""
         # argmax(log p + Gumbel) = argmax(p / E) with E exponential; double, because ties in float would favour low ids.
         return probs.double() / self._exponentials(position, probs)
 
@@ -181,6 +183,25 @@ def usable_draft(draft: Draft, vocab_size: int) -> Draft:
 def _is_distribution_with(probs: torch.Tensor, token: int) -> bool:
     """Whether `probs` [V] sums to one and can have given `token`."""
     return token < len(probs) and abs(float(probs.sum()) - 1) <= SUM_TOLERANCE and float(probs[token]) > 0
+
+
+class LevelCoupling(Protocol):
+    """How one level draws tokens and judges drafts; V is the vocabulary, n the number of drafted tokens."""
+
+    def start_round(self, index: int) -> None:
+        """Begins a verification; see `round_key` for its index."""
+
+    def draw(self, logits: torch.Tensor, position: int) -> tuple[int, torch.Tensor | None]:
+        """A token for `position` by logits [V], and its distribution [V] where the level above needs it."""
+
+    def verify(self, draft: Draft, logits: torch.Tensor, position: int) -> tuple[Verdict, list[torch.Tensor] | None]:
+        """Judges `draft`, whose first token is for `position`, by logits [n + 1, V].
+
+        Returns the verdict, and the distributions [V] of the num_accepted + 1 tokens handed up, where they are needed.
+        """
+
+    def runners_up(self, logits: torch.Tensor, tokens: list[int], position: int) -> tuple[list[int], list[float]]:
+        """For each of `tokens`, from `position` on: the next best token, and how close it comes, between 0 and 1."""
 
 
 class MaximalCoupling:
@@ -224,7 +245,7 @@ class MaximalCoupling:
             accepted += 1
         rest = target_probs[accepted]
         if accepted < len(draft):
-            rest = residual(rest, draft.probs[accepted])
+            rest = residual(rest, _probs_of(draft)[accepted])
         token = self._random.choose(rest, position + accepted, self._offset + REPLACE)
         return Verdict(num_accepted=accepted, next_token=token)
 
@@ -234,9 +255,8 @@ class MaximalCoupling:
         for ratio in self._ratios(draft, target_probs):
             weights.append(min(1.0, weights[-1] * ratio))
         for index in range(count):
-            rests.append(
-                (weights[index] * target_probs[index] - _padded(draft.probs[index], target_probs)).clamp_min(0)
-            )
+            draft_probs = _padded(_probs_of(draft)[index], target_probs)
+            rests.append((weights[index] * target_probs[index] - draft_probs).clamp_min(0))
         rests.append(target_probs[count])
         accepted = 0
         for index in range(1, count + 1):
@@ -254,13 +274,20 @@ class MaximalCoupling:
         return Verdict(num_accepted=accepted, next_token=token)
 
     def _ratios(self, draft: Draft, target_probs: torch.Tensor) -> list[float]:
-        """target/draft probability of each drafted token."""
+        """The target's probability of each drafted token, divided by the draft's."""
         if not len(draft):
             return []
         tokens = torch.tensor(draft.tokens, device=target_probs.device)
         target = target_probs[: len(draft)].gather(-1, tokens[:, None])[:, 0]
-        drafted = torch.stack([probs[token] for probs, token in zip(draft.probs, draft.tokens, strict=True)])
-        return (target.double() / drafted.double()).tolist()
+        drafted = torch.stack([probs[token] for probs, token in zip(_probs_of(draft), draft.tokens, strict=True)])
+        ratios: list[float] = (target.double() / drafted.double()).tolist()
+        return ratios
+
+
+def _probs_of(draft: Draft) -> list[torch.Tensor]:
+    """The distributions [V] that the draft was drawn from, which the maximal coupling cannot do without."""
+    assert draft.probs is not None, "a draft without its distributions"
+    return draft.probs
 
 
 class GumbelCoupling:
@@ -276,11 +303,11 @@ class GumbelCoupling:
         return int(probs.argmax()) if self._sampling.is_greedy else self._random.race(probs, position)
 
     def draw(self, logits: torch.Tensor, position: int) -> tuple[int, None]:
-        """See MaximalCoupling.draw; no distribution is needed by the level above."""
+        """The winner of the position's race by logits [V]; the level above needs no distribution."""
         return self._winner(distribution(logits[None], self._sampling)[0], position), None
 
     def verify(self, draft: Draft, logits: torch.Tensor, position: int) -> tuple[Verdict, None]:
-        """See MaximalCoupling.verify: keeps the draft as far as it equals this level's own tokens."""
+        """Judges `draft` by logits [n + 1, V]: keeps it as far as it equals this level's own tokens."""
         probs = distribution(logits, self._sampling)
         accepted, token = 0, self._winner(probs[0], position)
         while accepted < len(draft) and token == draft.tokens[accepted]:
@@ -289,7 +316,7 @@ class GumbelCoupling:
         return Verdict(num_accepted=accepted, next_token=token), None
 
     def runners_up(self, logits: torch.Tensor, tokens: list[int], position: int) -> tuple[list[int], list[float]]:
-        """See MaximalCoupling.runners_up: here the second place in each token's race."""
+        """The second place in each token's race, or among its probabilities if decoding is greedy."""
         if self._sampling.is_greedy:
             return _second_places(torch.softmax(logits[: len(tokens)].float(), -1), tokens)
         probs = distribution(logits[: len(tokens)], self._sampling)
@@ -298,7 +325,7 @@ class GumbelCoupling:
 
 
 def _second_places(scores: torch.Tensor, tokens: list[int]) -> tuple[list[int], list[float]]:
-    """By scores [n, V] >= 0: the best other token than each of `tokens`, and its share of the token's own score."""
+    """The best other token than each of `tokens` by scores [n, V] >= 0, and its share of the token's own score."""
     own_ids = torch.tensor(tokens, device=scores.device)[:, None]
     own = scores.gather(-1, own_ids)
     best, ids = scores.scatter(-1, own_ids, 0).max(-1)
@@ -308,7 +335,7 @@ def _second_places(scores: torch.Tensor, tokens: list[int]) -> tuple[list[int], 
 
 
 def add_runners_up(draft: Draft, runners_up: list[int], closeness: list[float]) -> None:
-    """Of its newest tokens."""
+    """Adds the runners-up of the draft's newest tokens, and how close each comes to its token."""
     draft.runners_up += runners_up
     draft.closeness += closeness
 
@@ -326,7 +353,9 @@ def _padded(draft_probs: torch.Tensor, target_probs: torch.Tensor) -> torch.Tens
     return torch.nn.functional.pad(draft_probs, (0, missing)) if missing else draft_probs
 
 
-def make_coupling(sampling: SamplingConfig, random: RandomSource, level: int, *, is_last: bool):
+def make_coupling(
+    sampling: SamplingConfig, random: RandomSource, level: int, *, is_last: bool
+) -> MaximalCoupling | GumbelCoupling:
     """The coupling of a level (1 drafter, 2 retrieval draft, 3 target; `is_last`: the target)."""
     if sampling.is_greedy or sampling.coupling == Coupling.gumbel:
         return GumbelCoupling(sampling, random)

@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import logging
 
-from workers.acceptance import NotFiniteError, add_runners_up, round_key
-from workers.level import CachedModel, Level
+import torch
+
+from workers.acceptance import LevelCoupling, NotFiniteError, add_runners_up, round_key
+from workers.level import ReadingLevel, ReadingModel
 from workers.messages import DRAFTER, Draft
 
 logger = logging.getLogger(__name__)
 
 
-class Drafter(Level):
+class Drafter(ReadingLevel[ReadingModel]):
     """Draws tokens one after another; `vocab_size` is the target's: ids beyond it are never drafted.
 
-    `names_runners_up`: of each token, for drafting ahead.
+    With `names_runners_up` it names the runner-up of each token, for drafting ahead. `num_failures` counts the drafts
+    that ended early because logits were not finite.
     """
 
-    def __init__(self, model: CachedModel, coupling, vocab_size: int, *, names_runners_up: bool = False):
+    def __init__(
+        self, model: ReadingModel, coupling: LevelCoupling, vocab_size: int, *, names_runners_up: bool = False
+    ):
         super().__init__(model)
         self._coupling, self._vocab_size, self._names_runners_up = coupling, vocab_size, names_runners_up
         self.num_failures = 0
 
     def propose(self, after: list[int], count: int, branch: int = 0) -> Draft:
-        """See orchestrator.hierarchy.DrafterRole. A broken row of logits ends the draft early: it costs speed only."""
+        """Drafts at most `count` tokens after the committed ones and `after`; `branch` keys their random numbers.
+
+        A row of logits that is not finite ends the draft early: it costs speed only.
+        """
         self._coupling.start_round(round_key(self.num_commits, branch))
-        draft, distributions = Draft(), []
+        draft = Draft()
+        distributions: list[torch.Tensor | None] = []
         first_position = len(self.committed) + len(after)
         for index in range(count):
             logits = self.logits_after(after + draft.tokens, [])[0, : self._vocab_size]
@@ -40,6 +49,6 @@ class Drafter(Level):
             if self._names_runners_up:
                 add_runners_up(draft, *self._coupling.runners_up(logits[None], [token], first_position + index))
         draft.origins = [DRAFTER] * len(draft)
-        if draft.tokens and distributions[0] is not None:
+        if draft.tokens and distributions[0] is not None:  # some couplings need none
             draft.probs = distributions
         return draft

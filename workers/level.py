@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -12,11 +12,11 @@ import torch
 class CachedModel(Protocol):
     """A language model with its cache: it holds the first `length` tokens of a sequence."""
 
-    length: int
     vocab_size: int
 
-    def prefill(self, tokens: list[int]) -> None:
-        """Empties the cache and reads `tokens`."""
+    @property
+    def length(self) -> int:
+        """Number of tokens of the sequence that the cache holds."""
 
     def append(self, tokens: list[int], num_logits: int) -> torch.Tensor:
         """Reads `tokens` after those held; the logits [num_logits, V] that follow the last `num_logits` of them."""
@@ -25,30 +25,34 @@ class CachedModel(Protocol):
         """Forgets all but the first `length` tokens."""
 
 
-class Level:
+class ReadingModel(CachedModel, Protocol):
+    """A cached model that reads prompts itself; the retrieval draft's does not, it is given its cache."""
+
+    def prefill(self, tokens: list[int]) -> None:
+        """Empties the cache and reads `tokens`."""
+
+
+ModelT = TypeVar("ModelT", bound=CachedModel)
+ReadingModelT = TypeVar("ReadingModelT", bound=ReadingModel)
+
+
+class Level(Generic[ModelT]):
     """Feeds a cached model what it has not seen yet, and rolls it back where the sequence took another way.
 
     A call names the tokens it means: the committed ones, then `after` (tentative), then the draft. Whatever the
     cache holds beyond their common prefix is dropped, so that no separate roll back is ever needed.
     """
 
-    def __init__(self, model: CachedModel):
+    def __init__(self, model: ModelT):
         self.model = model
         self._start([], 0, [])
 
     def _start(self, prompt: list[int], num_commits: int, held: list[int]) -> None:
+        """Begins a sequence, of which the cache holds the tokens `held`, a prefix of `prompt`."""
         self.committed, self.num_commits = list(prompt), num_commits
         self._held = list(held)  # the tokens in the cache
         self._num_agreed = len(held)  # so many of them are known to equal the committed ones
         self._digest, self._num_digested = hashlib.blake2b(digest_size=8), 0
-
-    def prefill(self, prompt: list[int], num_commits: int = 0) -> None:
-        """Reads the prompt but for its last token, whose logits the first verification asks for.
-
-        A process that was restarted reads what `num_commits` commits have added to the prompt, too.
-        """
-        self._start(prompt, num_commits, prompt[:-1])
-        self.model.prefill(self._held)
 
     def commit(self, tokens: list[int]) -> None:
         """Makes `tokens` final, and rolls the cache back to its common prefix with them."""
@@ -57,8 +61,11 @@ class Level:
         self._roll_back([], len(self.committed))
 
     def state(self) -> str:
-        """What ranks that do the same must agree on: the committed tokens, the number that keys random numbers (see
-        KeyedRandom), and the cache's length."""
+        """Digest of what ranks that do the same must agree on.
+
+        It has the committed tokens, the number of commits, which keys random numbers (see KeyedRandom), and the
+        cache's length.
+        """
         self._digest.update(array("q", self.committed[self._num_digested :]).tobytes())
         self._num_digested = len(self.committed)
         tokens = f"{self._num_digested} tokens {self._digest.hexdigest()}"
@@ -89,3 +96,15 @@ class Level:
             del self._held[common:]
         self._num_agreed = min(common, num_committed)
         return common
+
+
+class ReadingLevel(Level[ReadingModelT]):
+    """A level whose model reads the prompt itself."""
+
+    def prefill(self, prompt: list[int], num_commits: int = 0) -> None:
+        """Reads the prompt but for its last token, whose logits the first verification asks for.
+
+        `num_commits` is not 0 in a process that was restarted: its prompt has what so many commits added to it.
+        """
+        self._start(prompt, num_commits, prompt[:-1])
+        self.model.prefill(self._held)

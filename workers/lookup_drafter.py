@@ -5,8 +5,6 @@ Prompt lookup decoding (Saxena 2023) over the whole context and the generated te
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from workers.messages import DRAFTER, Draft
@@ -42,7 +40,7 @@ class LookupDrafter:
             self._tokens.append(token)
 
     def propose(self, after: list[int], count: int, branch: int = 0) -> Draft:
-        """See orchestrator.hierarchy.DrafterRole; nothing where nothing matches."""
+        """At most `count` tokens that followed the longest match of the newest tokens; none where nothing matches."""
         suffix = (self._tokens[-self.MAX_MATCH :] + after)[-self.MAX_MATCH :]
         for length in range(min(self.MAX_MATCH, len(suffix)), self.MIN_MATCH - 1, -1):
             follower = self._followers[length].get(tuple(suffix[-length:]))
@@ -53,6 +51,6 @@ class LookupDrafter:
     def _draft(self, tokens: list[int]) -> Draft:
         draft = Draft(tokens=tokens, origins=[DRAFTER] * len(tokens))
         if self._one_hot:
-            eye: Callable = torch.nn.functional.one_hot
-            draft.probs = list(eye(torch.tensor(tokens), self._vocab_size).float())
+            probs = torch.zeros(len(tokens), self._vocab_size)
+            draft.probs = list(probs.scatter_(1, torch.tensor(tokens)[:, None], 1.0))
         return draft

@@ -97,7 +97,7 @@ class UpdateNotice(msgspec.Struct, kw_only=True, tag=True):
     """Where they travel with the notice: of each layer k, v, positions and the summary's k, v, log_count."""
 
 
-# ---- What a role can be asked; see orchestrator.hierarchy for what each means. ----
+# ---- What a role can be asked; see orchestrator.roles for what each means. ----
 
 
 class Prefill(msgspec.Struct, tag=True):

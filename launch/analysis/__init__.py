@@ -1,1 +1,1 @@
-"""How sparse and local a model's attention is, and what each draft cache makes of it."""
+"""Measures how sparse and local a model's attention is, and how much of it each draft cache has in sight."""

@@ -1,4 +1,4 @@
-"""The typed configuration of launch/analyze.py."""
+"""The typed configuration of launch/analyze.py, and what is checked of it before torch is loaded."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
+from conf.model_source import model_source
 from conf.schema import ConfigError, ModelConfig, PlacementConfig, PromptConfig, SamplingConfig, require
+from launch.assembly.start_checks import check_folder
 from launch.prompts.needle import NeedleForm
+from launch.prompts.prompt import check_prompt
 
 STANDARD_LIBRARY = "standard library"
+"""Name of the document that is read where none is given."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,7 +38,7 @@ class NeedleConfig:
 
 @dataclass(kw_only=True, slots=True)
 class AnalyzeConfig:
-    """What is measured, on what."""
+    """Measurements, and the model and documents that they are made on."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """Only the target takes part."""
@@ -45,18 +49,20 @@ class AnalyzeConfig:
     context: int = 8192
     """Prompt tokens of each document; a text with facts and a question has at most as many."""
     new_tokens: int = 256
-    """By which the target goes on from each document."""
+    """Tokens by which the target goes on from each document."""
     budgets: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048])
     """Tokens of a draft cache, per layer and kv head."""
     shown_budget: int = 512
-    """Of the budgets the one that is shown by layer, distance and depth."""
+    """One of the budgets: what is shown by layer, distance and depth."""
     chunk_size: int = 8
+    """Tokens that are chosen together."""
     newest_share: float = 0.5
-    """Of the budget: newest tokens; the recent window has nothing else but the first chunk."""
+    """Share of the budget that the newest tokens get; the recent window has nothing else but the first chunk."""
     rounds_of: int = 8
     """Tokens of a verification, after which each cache chooses anew."""
     needle: NeedleConfig = field(default_factory=NeedleConfig)
     output: str = "outputs/analysis"
+    """Folder of tables and figures."""
 
     def __post_init__(self) -> None:
         legal = (
@@ -76,11 +82,21 @@ class AnalyzeConfig:
 
     @property
     def named_documents(self) -> dict[str, PromptConfig]:
-        documents = self.documents or {STANDARD_LIBRARY: None}
+        """The prompt of each document, by its name."""
+        documents: dict[str, str | None] = self.documents or {STANDARD_LIBRARY: None}
         return {name: PromptConfig(path=path, max_tokens=self.context) for name, path in documents.items()}
 
 
 ConfigStore.instance().store(name="analyze_schema", node=AnalyzeConfig)
+
+
+def check_start(config: AnalyzeConfig) -> None:
+    """Raises ConfigError for what can be found wrong without torch: folder, model, documents."""
+    check_folder("output", config.output, "outputs/analysis")
+    model_source("model.target", config.model.target)
+    for name, document in config.named_documents.items():
+        with said_of_document(name):
+            check_prompt(document)
 
 
 @contextmanager

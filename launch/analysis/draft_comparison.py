@@ -13,104 +13,65 @@ from functools import partial
 
 import torch
 
-from conf.schema import ChunkDtype, ChunkRule, SamplingConfig
+from conf.schema import ChunkDtype, SamplingConfig
+from launch.analysis.compared_rules import (
+    FORESEEING,
+    HEAVY_HITTER,
+    AttentionListener,
+    TotalMass,
+    make_rule,
+    sums_of_chunks,
+)
 from launch.assembly.sizing import PIECE_TOKENS
 from tiers.base import Tier
-from tiers.full_cache import DeviceLayer, FullCache
+from tiers.device_layer import DeviceLayer
+from tiers.full_cache import FullCache
 from tiers.quantised_retrieval_cache import make_retrieval_cache
-from tiers.retrieval.attention_rule import DECAY, AttentionMass
 from tiers.retrieval.context_summary import ContextSummary
-from tiers.retrieval.mean_key_rule import ChunkIndex, best_chunks
+from tiers.retrieval.rule import MassObserver
 from tiers.retrieval.selection import RetrievalSelection
 from tiers.retrieval_cache import LayerUpdate
 from workers.acceptance import distribution
-from workers.models.cached_models import CausalModel, RetrievalModel, TargetModel
-from workers.models.pretrained import ModelFacts
+from workers.models.causal_model import CausalModel
+from workers.models.facts import ModelFacts
+from workers.models.retrieval_model import RetrievalModel
+from workers.models.target_model import TargetModel
 
-PAGE_BOUND, ORACLE, TOP_K, HEAVY_HITTER = "page_bound", "oracle", "top_k", "heavy_hitter"
-FORESEEING = (ORACLE, TOP_K)
-"""Rules that know what the tokens of a round will attend to."""
 WATCHED_MAX_BYTES = 256 << 20
-"""Of attention weights at once, all heads over all keys, while a prompt is read."""
-
-
-class PageBound(ChunkIndex):
-    """Quest's rule (arXiv 2406.10774, section 3.3): of a chunk, the highest score that a key within the bounds of its
-    keys could have."""
-
-    def catch_up(self, cache: FullCache) -> None:
-        super().catch_up(cache)
-        num_tokens = cache.length // self.chunk_size * self.chunk_size
-        chunks = [
-            cache.read(layer, 0, num_tokens)[0].unflatten(1, (-1, self.chunk_size)) for layer in range(self._num_layers)
-        ]
-        self._bounds = [(k.amin(2).float(), k.amax(2).float()) for k in chunks]
-
-    def select(self, layer, q, num_chunks, num_wanted, num_newest, oldest=0):
-        """See ChunkRule."""
-        low, high = (bound[:, :num_chunks].transpose(1, 2) for bound in self._bounds[layer])
-        q = q.flatten(1, 2).float()
-        scores = (q.clamp_min(0) @ high + q.clamp_max(0) @ low) * q.shape[-1] ** -0.5
-        return best_chunks(torch.softmax(scores, -1).mean(1), num_wanted, num_newest, oldest // self.chunk_size)
-
-
-class TotalMass(AttentionMass):
-    """The attention of all queries since the last reset, none forgotten.
-
-    Over a whole sequence these are the heavy hitters of H2O (arXiv 2306.14048), here from the full attention of every
-    query, where H2O knows only what it has not yet dropped.
-    """
-
-    def __init__(self, *args):
-        super().__init__(*args, decay=1.0)
-
-    def select(self, layer, q, num_chunks, num_wanted, num_newest, oldest=0):
-        """See ChunkRule."""
-        mass = self._mass[layer, :, :num_chunks]
-        scores = mass / mass.sum(1, keepdim=True).clamp_min(1e-9)
-        return best_chunks(scores, num_wanted, num_newest, oldest // self.chunk_size)
-
-    def remember(self) -> None:
-        self._remembered = self._mass.clone()
-
-    def recall(self) -> None:
-        self._mass.copy_(self._remembered)
-
-
-class WatchedMass(AttentionMass):
-    """Not a rule but an ear: the target tells it each token's attention, and it tells `listen(layer, mass)`."""
-
-    def __init__(self, *args, listen: Callable[[int, torch.Tensor], None]):
-        super().__init__(*args)
-        self.add = listen
+"""Attention weights at once, all heads over all keys, while a prompt is read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DraftCache:
-    """A retrieval cache of `budget` tokens, and how it is filled."""
+    """A retrieval cache, and how it is filled."""
 
     name: str
     budget: int
+    """Tokens of each layer and kv head."""
     rule: str
-    """A ChunkRule, page_bound, heavy_hitter, or one that foresees: oracle (chunks) or top_k (tokens)."""
+    """One of those in launch/analysis/compared_rules.py."""
     newest_share: float = 0.5
+    """Share of the budget that the newest tokens get."""
     summarises: bool = False
+    """It has means of the tokens that were not chosen, too."""
     dtype: ChunkDtype = ChunkDtype.auto
 
 
 @dataclass(kw_only=True, slots=True)
 class ComparisonConfig:
-    """How the target goes on, and how often drafts are refreshed."""
+    """Settings of a comparison: how the target goes on, and how often drafts are refreshed."""
 
     capacity: int
     """Tokens of prompt and continuation."""
     new_tokens: int
+    """Tokens by which the target goes on, at most."""
     chunk_size: int
     rounds_of: int
-    """Tokens of a verification: then drafted keys and values are replaced by true ones"""
+    """Tokens of a verification, after which drafted keys and values are replaced by true ones."""
     rebuilds: bool = True
-    """and chunks are chosen anew; otherwise only once, at the start."""
+    """Chunks are chosen anew after each verification; otherwise only once, at the start."""
     summary_tokens: int = 64
+    """Tokens of a group whose mean a cache that summarises has."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 
@@ -126,8 +87,8 @@ class DraftedRound:
 class DraftComparison:
     """The target on its full cache, and all draft caches, over one prompt at a time.
 
-    Each `watcher(layer, mass)` sees how the attention of each token that the target reads in `start`, `look` and
-    `rounds` is spread over the tokens so far: [H, N], the mean of a kv head's query heads, adding up to 1.
+    Each of the `watchers` is told (layer, mass): how the attention of each token that the target reads in `start`,
+    `look` and `rounds` is spread over the tokens so far, [H, N], the mean of a kv head's query heads, adding up to 1.
     """
 
     def __init__(
@@ -136,22 +97,21 @@ class DraftComparison:
         self._config = config
         shape, capacity = facts.cache_shape, config.capacity
         self._cache = FullCache([DeviceLayer(shape, capacity, tier) for _ in facts.windows], facts.windows, None)
-        of_chunks, of_tokens = (shape, capacity, config.chunk_size, tier), (shape, capacity, 1, tier)
-        make_rule = {
-            # Here tokens come one by one: an older token counts for as much less as it does in whole rounds.
-            ChunkRule.attention: lambda: AttentionMass(*of_chunks, decay=DECAY ** (1 / config.rounds_of)),
-            ChunkRule.mean_key: lambda: ChunkIndex(*of_chunks),
-            PAGE_BOUND: lambda: PageBound(*of_chunks),
-            ORACLE: lambda: TotalMass(*of_chunks),
-            TOP_K: lambda: TotalMass(*of_tokens),
-            HEAVY_HITTER: lambda: TotalMass(*of_tokens),
+        self._rules = {
+            name: make_rule(name, shape, capacity, config.chunk_size, tier, config.rounds_of)
+            for name in dict.fromkeys(draft.rule for draft in drafts)
         }
-        self._rules = {name: make_rule[name]() for name in dict.fromkeys(draft.rule for draft in drafts)}
-        self._summary, num_groups = None, 0
+        heavy_hitter = self._rules.get(HEAVY_HITTER)
+        assert heavy_hitter is None or isinstance(heavy_hitter, TotalMass)
+        self._heavy_hitter = heavy_hitter
+        """The one rule that has to hear the whole prompt."""
+        self._summary: ContextSummary | None = None
+        num_groups = 0
         if any(draft.summarises for draft in drafts):
             self._summary = ContextSummary(shape, capacity, config.summary_tokens, tier)
             num_groups = capacity // config.summary_tokens
-        self._selections, self._models = {}, {}
+        self._selections: dict[DraftCache, RetrievalSelection] = {}
+        self._models: dict[DraftCache, RetrievalModel] = {}
         for draft in drafts:
             rule, summary = self._rules[draft.rule], self._summary if draft.summarises else None
             self._selections[draft] = RetrievalSelection(
@@ -160,7 +120,8 @@ class DraftComparison:
             tail = max(config.new_tokens, config.rounds_of) + 64
             sizes = (shape, draft.budget, tail, 8, tier, num_groups if draft.summarises else 0)
             self._models[draft] = RetrievalModel(model, make_retrieval_cache(draft.dtype.bits, *sizes))
-        ear = WatchedMass(*of_tokens, listen=lambda layer, mass: self._listen(layer, mass))
+        self._listen: MassObserver = self._hear_token
+        ear = AttentionListener(shape, capacity, tier, lambda layer, mass: self._listen(layer, mass))
         self._target = TargetModel(
             model,
             self._cache,
@@ -168,15 +129,15 @@ class DraftComparison:
             hidden_tier=tier,
             selection=RetrievalSelection(self._cache, ear, facts.windows, 0, 0.0, self._summary),
         )
-        if HEAVY_HITTER in self._rules:
-            self._target.observe_prompt_mass = self._hear_prompt
+        if self._heavy_hitter is not None:
+            self._target.prompt_observers = replace(self._target.prompt_observers, on_mass=self._hear_prompt)
         self._queries: dict[int, list[torch.Tensor]] = {}
-        self._listen, self._num_read = self._hear_token, 0
-        self.watchers: list[Callable[[int, torch.Tensor], None]] = []
+        self._num_read = 0
+        self.watchers: list[MassObserver] = []
         self.held: dict[DraftCache, list[torch.Tensor]] = {}
-        """Of each draft, by layer: positions [H, n] of what it held at its last choice, when there were `base` tokens;
-        it sees all later ones too. Not of drafts that foresee."""
+        """Positions [H, n] of what each draft held at its last choice, by layer; drafts that foresee have none."""
         self.base = 0
+        """Tokens that there were at the last choice; drafts see all later ones too."""
 
     @property
     def length(self) -> int:
@@ -184,38 +145,38 @@ class DraftComparison:
         return self._target.length
 
     def read(self, tokens: list[int]) -> None:
-        """A new prompt, from its first token."""
+        """Reads a new prompt, from its first token."""
         for rule in self._rules.values():
             rule.reset()
         self._target.prefill(tokens)
         self._num_read = len(tokens)
-        if HEAVY_HITTER in self._rules:
-            self._rules[HEAVY_HITTER].remember()
+        if self._heavy_hitter is not None:
+            self._heavy_hitter.remember()
 
     def rewind(self) -> None:
-        """As after `read`: whatever came then is forgotten."""
+        """Makes everything as it was after `read`: whatever came then is forgotten."""
         self._target.truncate(self._num_read)
         for rule in self._rules.values():
             rule.reset()
         if self._summary is not None:
             self._summary.reset()
-        if HEAVY_HITTER in self._rules:
-            self._rules[HEAVY_HITTER].recall()
+        if self._heavy_hitter is not None:
+            self._heavy_hitter.recall()
         self._queries.clear()
 
     def add(self, tokens: list[int]) -> None:
-        """More of the prompt, a few tokens."""
+        """Reads more of the prompt, a few tokens."""
         if tokens:
             self._append_hearing(partial(self._hear_prompt, num_queries=len(tokens)), tokens)
 
     def start(self, token: int) -> torch.Tensor:
-        """Reads the prompt's last token, for which the drafts choose; the target's distribution [V] behind it."""
+        """Reads the prompt's last token, for which drafts choose; returns the target's distribution [V] behind it."""
         probs = self._probs(self._target.append([token], 1)[0])
         self._choose(dict(self._target.queries))
         return probs
 
     def look(self, token: int) -> None:
-        """The drafts choose for the prompt's last token, as in `start`, which is then still to be read."""
+        """Has the drafts choose for the prompt's last token, as `start` does, which is then still to be read."""
         self._target.append([token], 1)
         self._target.truncate(self._target.length - 1)
         self._choose(dict(self._target.queries))
@@ -240,7 +201,7 @@ class DraftComparison:
             yield now
 
     def _ask_those_who_foresee(self, now: DraftedRound) -> None:
-        """What a draft would have made of the round's tokens whose choice was made by their own attention."""
+        """Adds what a draft makes of the round's tokens that has chosen by their own attention."""
         asked = [draft for draft in self._models if draft.rule in FORESEEING]
         if asked:
             self._target.truncate(self._target.length - len(now.tokens))
@@ -252,12 +213,13 @@ class DraftComparison:
         self._forget_foreseen()
 
     def _forget_foreseen(self) -> None:
+        """Empties the rules that foresee, which learn from one round alone."""
         for name in FORESEEING:
             if name in self._rules:
                 self._rules[name].reset()
 
     def _refresh(self) -> None:
-        """As after a verification: true keys and values, or chunks chosen anew for the queries of these tokens."""
+        """Does what a verification brings: true keys and values, or chunks chosen anew for the round's queries."""
         queries = {layer: torch.cat(parts, dim=2) for layer, parts in self._queries.items()}
         self._queries.clear()
         if self._config.rebuilds:
@@ -268,6 +230,7 @@ class DraftComparison:
                 self._models[draft].load(selection.follow(queries))
 
     def _choose(self, queries: dict[int, torch.Tensor]) -> None:
+        """Has all drafts that do not foresee choose anew for these queries, [H, G, T, D] by layer."""
         for draft, selection in self._selections.items():
             if draft.rule not in FORESEEING:
                 update, self.held[draft] = selection.rebuild(queries), []
@@ -275,45 +238,41 @@ class DraftComparison:
         self.base = self._cache.length
         self._forget_foreseen()
 
-    def _append_hearing(self, listen: Callable[[int, torch.Tensor], None], tokens: list[int]) -> None:
+    def _append_hearing(self, listen: MassObserver, tokens: list[int]) -> None:
+        """Has the target read tokens, their attention going to `listen` instead of rules and watchers."""
         self._listen = listen
         self._target.append(tokens, 1)
         self._listen = self._hear_token
 
     def _hear_token(self, layer: int, mass: torch.Tensor) -> None:
-        """The attention [H, >= N] of a token that the target reads."""
+        """Tells the attention [H, >= N] of a token that the target reads to rules and watchers."""
         mass = mass[:, : self._cache.length + 1]
         for rule in self._rules.values():
-            if isinstance(rule, AttentionMass):
-                rule.add(layer, sums_of_chunks(mass, rule.chunk_size))
+            if (observe_mass := rule.mass_observer) is not None:
+                observe_mass(layer, sums_of_chunks(mass, rule.chunk_size))
         for watcher in self.watchers:
             watcher(layer, mass)
 
     def _hear_prompt(self, layer: int, mass: torch.Tensor, num_queries: int) -> None:
-        """Their mean attention; of a prompt but its last token, heavy hitters alone want to know it."""
-        if HEAVY_HITTER in self._rules:
-            self._rules[HEAVY_HITTER].add(layer, num_queries * mass)
+        """Takes the mean attention of some of the prompt's tokens, which heavy hitters alone want to know."""
+        if self._heavy_hitter is not None:
+            self._heavy_hitter.add(layer, num_queries * mass)
 
     def _piece_tokens(self, facts: ModelFacts) -> int:
-        """Of the prompt, read together: fewer where their attention is watched, whose weights take memory."""
-        if HEAVY_HITTER not in self._rules:
+        """Tokens of the prompt that are read together: fewer where their attention is watched, which takes memory."""
+        if self._heavy_hitter is None:
             return PIECE_TOKENS
-        row_bytes = 4 * facts.config.get_text_config().num_attention_heads * self._config.capacity
+        row_bytes: int = 4 * facts.config.get_text_config().num_attention_heads * self._config.capacity
         return max(16, min(PIECE_TOKENS, WATCHED_MAX_BYTES // row_bytes))
 
     def _probs(self, logits: torch.Tensor) -> torch.Tensor:
+        """The distribution [V] that logits [V] stand for."""
         return distribution(logits[None], self._config.sampling)[0]
 
 
 def _noting(positions: list[torch.Tensor], layers: Iterable[LayerUpdate]) -> Iterator[LayerUpdate]:
-    """The layers as they are made, so that only one of them needs memory, and where their tokens are."""
+    """Passes the layers of a rebuild on as they are made, so that only one needs memory; notes their positions."""
     for layer in layers:
+        assert layer.positions is not None, "a rebuild says where its tokens are"
         positions.append(layer.positions)
         yield layer
-
-
-def sums_of_chunks(mass: torch.Tensor, size: int) -> torch.Tensor:
-    """Of each `size` consecutive tokens of `mass` [H, N]: [H, chunks], the last of them perhaps of fewer."""
-    if size == 1:
-        return mass
-    return torch.nn.functional.pad(mass, (0, -mass.shape[1] % size)).unflatten(1, (-1, size)).sum(2)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from launch.analysis.config import AnalyzeConfig
-from launch.analysis.report import LABELS, LABELS_ONCE, Rows, bins, depths_of, mean_by_bin, mean_of
+from launch.analysis.summary import LABELS, LABELS_ONCE, Rows, Tables, bins, depths_of, mean_by_bin, mean_of
 
 # Okabe and Ito's colours, told apart by colour-blind readers, and markers for those who print in grey.
-STYLES = {
+STYLES: dict[str, dict[str, Any]] = {
     "top_k": {"color": "#000000", "marker": "o", "linestyle": "--"},
     "attention": {"color": "#0072B2", "marker": "s"},
     "mean_key": {"color": "#56B4E9", "marker": "D"},
@@ -27,8 +31,8 @@ PANEL_INCHES = (5.2, 3.6)
 MAX_COLUMNS = 3
 
 
-def draw_all(folder: Path, config: AnalyzeConfig, tables: dict[str, Rows]) -> list[Path]:
-    """The PNG files made."""
+def draw_all(folder: Path, config: AnalyzeConfig, tables: Tables) -> list[Path]:
+    """Draws all figures as PNG and SVG; returns the PNG files."""
     made = [
         _save(folder, "sparsity", _by_budget(config, tables["attention"], "recovery", "attention in sight")),
         _save(folder, "layers", _by_layer(config, tables["attention"])),
@@ -40,15 +44,16 @@ def draw_all(folder: Path, config: AnalyzeConfig, tables: dict[str, Rows]) -> li
     return made
 
 
-def _save(folder: Path, name: str, figure) -> Path:
+def _save(folder: Path, name: str, figure: Figure) -> Path:
+    """Writes a figure as SVG and PNG; returns the PNG file."""
     for suffix in ("svg", "png"):
         figure.savefig(folder / f"{name}.{suffix}", dpi=150)
     plt.close(figure)
     return folder / f"{name}.png"
 
 
-def _panels(rows: int, columns: int, **options):
-    """Axes [rows, columns] in one figure, with room for a legend below."""
+def _panels(rows: int, columns: int, **options: Any) -> tuple[Figure, np.ndarray[Any, np.dtype[Any]]]:
+    """A figure with axes [rows, columns], and room for a legend below."""
     size = PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows + 0.7
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
     for axis in axes.flat:
@@ -58,12 +63,13 @@ def _panels(rows: int, columns: int, **options):
     return figure, axes
 
 
-def _legend(figure, axis) -> None:
+def _legend(figure: Figure, axis: Axes) -> None:
+    """Puts the legend of one panel below all of them."""
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
 
 
-def _by_budget(config: AnalyzeConfig, rows: Rows, value: str, what: str):
-    """A panel for each document: lines over the budgets."""
+def _by_budget(config: AnalyzeConfig, rows: Rows, value: str, what: str) -> Figure:
+    """Lines over the budgets, in a panel for each document."""
     documents = list(dict.fromkeys(row["document"] for row in rows))
     columns = min(MAX_COLUMNS, len(documents))
     figure, axes = _panels(-(-len(documents) // columns), columns, sharey=True)
@@ -86,8 +92,8 @@ def _by_budget(config: AnalyzeConfig, rows: Rows, value: str, what: str):
     return figure
 
 
-def _by_layer(config: AnalyzeConfig, rows: Rows):
-    """Means over documents; bars from the least to the most of the kv heads."""
+def _by_layer(config: AnalyzeConfig, rows: Rows) -> Figure:
+    """Means over documents by layer, with bars from the least to the most of the kv heads."""
     figure, ((axis,),) = _panels(1, 1)
     figure.set_size_inches(8.0, 4.6)
     shown = [row for row in rows if row["budget"] == config.shown_budget]
@@ -95,7 +101,8 @@ def _by_layer(config: AnalyzeConfig, rows: Rows):
     for place, (cache, label) in enumerate(LABELS.items()):
         means, least, most = [], [], []
         for layer in layers:
-            by_head = [mean_of(shown, "recovery", cache=cache, layer=layer, kv_head=head) for head in heads]
+            of_heads = (mean_of(shown, "recovery", cache=cache, layer=layer, kv_head=head) for head in heads)
+            by_head = [mean for mean in of_heads if mean is not None]
             means.append(fmean(by_head))
             least.append(means[-1] - min(by_head))
             most.append(max(by_head) - means[-1])
@@ -109,8 +116,8 @@ def _by_layer(config: AnalyzeConfig, rows: Rows):
     return figure
 
 
-def _by_distance(config: AnalyzeConfig, rows: Rows):
-    """Of the prompt alone, and of everything."""
+def _by_distance(config: AnalyzeConfig, rows: Rows) -> Figure:
+    """Lines over the distance from a choice: of the attention to the prompt alone, and of all attention."""
     figure, (axes,) = _panels(1, 2)
     at = [(first + last) / 2 for first, last in bins(config)]
     for axis, value, title in (
@@ -126,8 +133,8 @@ def _by_distance(config: AnalyzeConfig, rows: Rows):
     return figure
 
 
-def _by_depth(config: AnalyzeConfig, rows: Rows):
-    """A row of panels for each form of facts."""
+def _by_depth(config: AnalyzeConfig, rows: Rows) -> Figure:
+    """Lines over the depth of the fact, in a row of panels for each form of facts."""
     forms = list(dict.fromkeys(row["form"] for row in rows))
     figure, axes = _panels(len(forms), 2, sharey=True)
     for panels, form in zip(axes, forms, strict=True):

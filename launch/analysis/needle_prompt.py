@@ -4,26 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from conf.schema import ConfigError
 from launch.prompts.needle import Fact, NeedleForm, plant
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 SPARE_TOKENS = 8
-"""For each fact: the whole text may be tokenized a little differently than its parts."""
+"""Tokens set aside for each fact: the whole text may be tokenized a little differently than its parts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is read behind the text, and the right answer; the fact is in [fact_begin, fact_end) of the text's tokens.
-
-    `depth` is the share of the text's tokens before the fact.
-    """
+    """A question for a fact: tokens read behind the text, and where the fact is in it."""
 
     tokens: list[int]
     answer: list[int]
+    """Tokens that are right behind `tokens`."""
     fact_begin: int
     fact_end: int
+    """The fact is the text's tokens [fact_begin, fact_end)."""
     depth: float
+    """Share of the text's tokens before the fact."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +40,14 @@ class NeedlePrompt:
 
 
 def make_needle_prompt(
-    tokenizer, filler: str, form: NeedleForm, facts: Sequence[Fact], depths: Sequence[float], max_tokens: int
+    tokenizer: PreTrainedTokenizerBase,
+    filler: str,
+    form: NeedleForm,
+    facts: Sequence[Fact],
+    depths: Sequence[float],
+    max_tokens: int,
 ) -> NeedlePrompt:
-    """Facts in so much of the filler's beginning that text, question and answer have at most `max_tokens` tokens.
+    """Plants facts in so much of the filler's beginning that all, with question and answer, has `max_tokens` at most.
 
     `tokenizer` is a fast tokenizer of transformers. Raises ConfigError where the facts alone are too long.
     """
@@ -66,19 +75,20 @@ def make_needle_prompt(
     return NeedlePrompt(form, tokens, questions)
 
 
-def _around(tokenizer, form: NeedleForm, fact: Fact) -> tuple[str, str]:
-    """What comes before the text, and between it and the answer: the model's chat template around a question."""
+def _around(tokenizer: PreTrainedTokenizerBase, form: NeedleForm, fact: Fact) -> tuple[str, str]:
+    """The words before the text, and those between it and the answer: a chat template's around a question."""
     if form != NeedleForm.question or not tokenizer.chat_template:
         return "", fact.question
     place = "the-text-goes-here"
     messages = [{"role": "user", "content": place + fact.question}]
     # A template without thinking leaves the word alone.
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    assert isinstance(prompt, str)
     before, _, after = prompt.partition(place)
     return before, after
 
 
-def _encode(tokenizer, text: str, **options) -> tuple[list[int], list[int]]:
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> tuple[list[int], list[int]]:
     """Token ids, special ones only if asked for, and at which character each ends."""
     options = {"add_special_tokens": False} | options
     encoding = tokenizer(text, return_offsets_mapping=True, verbose=False, **options)
@@ -86,5 +96,5 @@ def _encode(tokenizer, text: str, **options) -> tuple[list[int], list[int]]:
 
 
 def _num_ending_by(ends: list[int], at: int) -> int:
-    """Of a text's tokens, how many end at or before a character: the number of the one it is in."""
+    """Number of a text's tokens that end at or before a character: the index of the one it is in."""
     return sum(end <= at for end in ends)

@@ -1,4 +1,4 @@
-"""What TriForce rests on, of one model: attention that is sparse and local, acceptance, facts at known depths."""
+"""Measures what TriForce rests on: attention that is sparse and local, acceptance, facts at known depths."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ from statistics import fmean
 
 import torch
 
-from conf.schema import NO_DRAFTER, ChunkRule, DecodingConfig, Mode, PromptConfig, RunConfig, require
+from conf.schema import NO_DRAFTER, DecodingConfig, Mode, PromptConfig, RetrievalRuleName, RunConfig, require
 from launch.analysis.attention_recovery import FactRecovery, Locality, Recovery
+from launch.analysis.compared_rules import HEAVY_HITTER, TOP_K
 from launch.analysis.config import AnalyzeConfig, said_of_document
-from launch.analysis.draft_comparison import HEAVY_HITTER, TOP_K, ComparisonConfig, DraftCache, DraftComparison
+from launch.analysis.draft_comparison import ComparisonConfig, DraftCache, DraftComparison
 from launch.analysis.needle_prompt import NeedlePrompt, Question, make_needle_prompt
-from launch.assembly.engine import prepare
+from launch.analysis.summary import Tables
+from launch.assembly.prepare import prepare
 from launch.prompts.needle import NeedleForm, make_facts
 from launch.prompts.prompt import read_prompt, read_text
 from tiers.device_tier import DeviceTier
 from workers.acceptance import KeyedRandom
-from workers.models.pretrained import load_model
+from workers.models.loading import load_model
 
-MEAN_KEY, ATTENTION, WINDOW = str(ChunkRule.mean_key), str(ChunkRule.attention), "recent_window"
+MEAN_KEY, ATTENTION, WINDOW = str(RetrievalRuleName.mean_key), str(RetrievalRuleName.attention), "recent_window"
 CACHES = (TOP_K, ATTENTION, MEAN_KEY, HEAVY_HITTER, WINDOW)
-"""Held against each other at every budget."""
+"""Caches that are held against each other at every budget."""
 CHARS_PER_TOKEN = 16
-"""Of a filler no more is read."""
+"""Characters of a filler that are read for each token that is wanted."""
 
 
 def drafts_of(config: AnalyzeConfig) -> list[DraftCache]:
-    """All caches, at every budget."""
+    """All caches that are compared, at every budget."""
     rules = {name: name for name in CACHES} | {WINDOW: MEAN_KEY}
     shares = dict.fromkeys(CACHES, config.newest_share) | {TOP_K: 0.0, WINDOW: 1.0}
     return [
@@ -39,10 +41,11 @@ def drafts_of(config: AnalyzeConfig) -> list[DraftCache]:
 
 
 class Observations:
-    """A model that is loaded, and what was measured of it so far: rows, by table."""
+    """A model that is loaded, and what was measured of it so far. Raises ConfigError when it is made."""
 
     def __init__(self, config: AnalyzeConfig):
-        self._config, self.rows = config, {"attention": [], "locality": [], "acceptance": [], "needle": []}
+        self._config = config
+        self.rows: Tables = {"attention": [], "locality": [], "acceptance": [], "needle": []}
         run = RunConfig(
             model=replace(config.model, drafter=NO_DRAFTER),
             decoding=DecodingConfig(mode=Mode.autoregressive),
@@ -69,6 +72,7 @@ class Observations:
         self._comparison = DraftComparison(model, prepared.target, tier, drafts_of(config), sizes)
 
     def _prompt(self, name: str, document: PromptConfig) -> list[int]:
+        """The tokens of a document. Raises ConfigError where it is too short."""
         with said_of_document(name):
             tokens = read_prompt(document, self.tokenizer)
         short = f"at most {len(tokens)}: documents.{name} has no more tokens"
@@ -76,7 +80,7 @@ class Observations:
         return tokens
 
     def _needles(self) -> Iterator[NeedlePrompt]:
-        """Every text with facts, and what is asked of it."""
+        """The texts with facts, and what is asked of each."""
         needle = self._config.needle
         if not needle.repeats:
             return
@@ -91,7 +95,7 @@ class Observations:
                 yield make_needle_prompt(self.tokenizer, filler, form, facts, needle.depths, most)
 
     def measure_document(self, name: str) -> None:
-        """Sparsity, locality and acceptance while the target goes on."""
+        """Measures sparsity, locality and acceptance while the target goes on from a document."""
         config, comparison, prompt = self._config, self._comparison, self.prompts[name]
         random = KeyedRandom(config.sampling.seed or 0)
 
@@ -116,6 +120,7 @@ class Observations:
             self.rows["acceptance"].append(row | {"tokens": len(shares)})
 
     def _take(self, name: str, recovery: Recovery, locality: Locality) -> None:
+        """Adds the rows of a document to the tables attention and locality."""
         for (cache, budget), shares in recovery.shares().items():
             means, deviations = shares.mean(1), shares.std(1, correction=0)
             self.rows["attention"] += [
@@ -146,7 +151,7 @@ class Observations:
             ]
 
     def measure_needle(self, prompt: NeedlePrompt) -> None:
-        """Acceptance and recovery where each fact is to be told."""
+        """Measures acceptance and recovery where each fact is to be told."""
         self._comparison.watchers = []
         self._comparison.read(prompt.tokens)
         for question, depth in zip(prompt.questions, self._config.needle.depths, strict=True):
@@ -154,6 +159,7 @@ class Observations:
             self._ask(prompt, question, depth)
 
     def _ask(self, prompt: NeedlePrompt, question: Question, depth: float) -> None:
+        """Asks for one fact, and adds its rows to the table needle; `depth` is what was asked for."""
         comparison = self._comparison
         comparison.watchers = []
         comparison.add(question.tokens[:-1])
@@ -162,7 +168,8 @@ class Observations:
         of_fact = FactRecovery(comparison, question.fact_begin, question.fact_end)
         comparison.watchers = [recovery.see, of_fact.see]
         answer, told = question.answer, iter(question.answer)
-        target_rows, draft_rows = [], {}
+        target_rows: list[torch.Tensor] = []
+        draft_rows: dict[DraftCache, list[torch.Tensor]] = {}
         for round_ in comparison.rounds(question.tokens[-1], len(answer), lambda probs: next(told)):
             target_rows += round_.target_probs
             for draft, rows in round_.draft_probs.items():
@@ -198,4 +205,5 @@ def acceptance(p: torch.Tensor, q: torch.Tensor) -> float:
 
 
 def _mean_probability(rows: list[torch.Tensor], tokens: list[int]) -> float:
+    """The mean of what each distribution [V] gives to its token."""
     return fmean(float(row[token]) for row, token in zip(rows, tokens, strict=True))

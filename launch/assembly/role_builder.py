@@ -2,46 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cached_property, partial
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
-from conf.schema import ChunkRule, CudaGraphs, Overlap, RunConfig
-from launch.assembly.sizing import PIECE_TOKENS, retrieval_tail_tokens, streaming_slack
-from tiers.base import BlockShape, CacheShape, Tier
+from conf.schema import Coupling, CudaGraphs, Overlap, RunConfig
+from launch.assembly import caches
+from launch.assembly.caches import Tiers
+from tiers.base import Tier
 from tiers.device_tier import DeviceTier
 from tiers.disk_tier import DiskTier, best_num_readers
-from tiers.full_cache import BlockLayer, DeviceLayer, FullCache
+from tiers.full_cache import FullCache
+from tiers.link import Link
 from tiers.pinned_host_tier import PinnedHostTier, can_pin
 from tiers.planning.numa import bind_to_node_of
 from tiers.planning.plan import MemoryPlan
-from tiers.quantised_retrieval_cache import make_retrieval_cache
-from tiers.retrieval.attention_rule import AttentionMass
-from tiers.retrieval.context_summary import ContextSummary
-from tiers.retrieval.mean_key_rule import ChunkIndex, Pool, not_pooled
+from tiers.planning.sizes import TierName
+from tiers.quantised_retrieval_cache import QuantisedRetrievalCache
+from tiers.retrieval.rule import Pool, not_pooled
 from tiers.retrieval.selection import RetrievalSelection
-from tiers.retrieval_cache import RetrievalCache
+from tiers.retrieval_cache import RetrievalUpdate
 from tiers.streaming_llm_cache import StreamingLLMCache
-from tiers.transfer import BlockWriter, Link, make_streamer
-from workers.acceptance import KeyedRandom, make_coupling
+from workers.acceptance import KeyedRandom, LevelCoupling, make_coupling
 from workers.drafter import Drafter
 from workers.lookup_drafter import LookupDrafter
-from workers.models.cached_models import CausalModel, RetrievalModel, StreamingModel, TargetModel
+from workers.models.causal_model import CausalModel, DraftingModel
 from workers.models.cuda_graphs import CudaRecorder, RecordedModel, Recorder, run_anew
-from workers.models.pretrained import ModelFacts, load_model
+from workers.models.facts import ModelFacts
+from workers.models.loading import load_model
+from workers.models.retrieval_model import RetrievalKVCache, RetrievalModel
 from workers.models.shared_weights import load_shared_model
+from workers.models.streaming_model import StreamingModel
+from workers.models.target_model import TargetModel
 from workers.parallel.shard import WHOLE
-from workers.retrieval_drafter import RetrievalDrafter
+from workers.parallel.tensor_parallel import AllReduce
+from workers.retrieval_drafter import RetrievalCachedModel, RetrievalDrafter
 from workers.target_verifier import TargetVerifier
 
+UpdateT = TypeVar("UpdateT")
 LEVEL_DRAFTER, LEVEL_RETRIEVAL, LEVEL_TARGET = 1, 2, 3
+DraftCache = StreamingLLMCache | RetrievalKVCache
+"""Cache of a draft level."""
 
 
 class RoleBuilder:
-    """Roles of one process on one device; see tiers.planning.plan.MemoryPlan for what `plan` means.
+    """Roles of one process on one device, with caches of the sizes in `plan`.
 
     `target` are the facts of the model, or of the part of it that this process has. What the roles have in common,
     tiers and the link to the device, is here, and is closed with `close`. `in_threads`: each role has its own.
@@ -56,44 +64,46 @@ class RoleBuilder:
         plan: MemoryPlan,
         *,
         seed: int,
-        max_new_tokens: int,
         in_threads: bool = False,
         on_locked: Callable[[int, int], None] = lambda done, total: None,
     ):
         self.config, self.target_facts, self.device, self.plan = config, target, device, plan
-        self._max_new_tokens = max_new_tokens
+        self.sizes = plan.sizes
         self._seed, self._random = seed, None if in_threads else KeyedRandom(seed)
         self.notes: list[str] = []
         if device.type == "cuda" and (node := bind_to_node_of(pci_address(device))) is not None:
             self.notes.append(f"cores and host memory of NUMA node {node}, that of {device}")
-        self.device_tier = DeviceTier(device)
-        pin, checksums = device.type == "cuda" and can_pin(), config.tiers.host.checksums
-        self.host_tier = PinnedHostTier(
-            pin=pin,
-            checksums=checksums,
-            on_locked=lambda num_bytes: on_locked(num_bytes, plan.totals["host"]),
-        )
-        if device.type == "cuda" and not self.host_tier.pin and plan.host_bytes:
-            self.notes.append("host memory is not pinned (cupy is missing): copies will be slow")
-        if plan.num_disk_layers:
-            disk_folder(config).mkdir(parents=True, exist_ok=True)
-        self.disk_tier = DiskTier(disk_folder(config))
-        self.link = Link(config.tiers.link.gb_per_s)
+        self.tiers = self._make_tiers(on_locked)
         self.full_cache: FullCache | None = None
         self.models: list[CausalModel] = []
         self.recorded: list[RecordedModel] = []
         self.weight_bytes = 0
         self.pool_scores: Pool = not_pooled
-        """Of chunks, over the ranks of a verifier; see tiers.retrieval.mean_key_rule.Pool."""
+        """Of chunks, over the ranks of a verifier; see tiers.retrieval.rule.Pool."""
+
+    def _make_tiers(self, on_locked: Callable[[int, int], None]) -> Tiers:
+        is_gpu, folder = self.device.type == "cuda", disk_folder(self.config)
+        host = PinnedHostTier(
+            pin=is_gpu and can_pin(),
+            checksums=self.config.tiers.host.checksums,
+            on_locked=lambda num_bytes: on_locked(num_bytes, self.plan.totals["host"]),
+        )
+        if is_gpu and not host.pin and self.plan.host_bytes:
+            self.notes.append("host memory is not pinned (cupy is missing): copies will be slow")
+        if self.sizes.num_disk_layers:
+            folder.mkdir(parents=True, exist_ok=True)
+        link = Link(self.config.tiers.link.gb_per_s)
+        return Tiers(device=DeviceTier(self.device), host=host, disk=DiskTier(folder), link=link)
 
     def close(self) -> None:
+        """Ends the threads that copy, and gives the disk's space back."""
         if self.full_cache is not None:
             self.full_cache.close()
-        self.disk_tier.close()
+        self.tiers.disk.close()
 
     def peak_bytes(self) -> dict[str, int]:
-        """Of each tier: what the allocator (CUDA) or our tiers have handed out, weights included."""
-        peaks = {tier.name: tier.peak_bytes for tier in (self.device_tier, self.host_tier, self.disk_tier)}
+        """Peak of each tier: what the allocator (CUDA) or our tiers have handed out, weights included."""
+        peaks = {tier.name: tier.peak_bytes for tier in (self.tiers.device, self.tiers.host, self.tiers.disk)}
         peaks["device"] += self.weight_bytes
         if self.device.type == "cuda":
             peaks["device"] = torch.cuda.max_memory_allocated(self.device)
@@ -101,6 +111,7 @@ class RoleBuilder:
 
     def streaming_report(self) -> dict[str, float | None]:
         """What was streamed from host and disk; `emulated_link_gb_per_s` is null where the link is the machine's."""
+        assert self.full_cache is not None, "there is no verifier here"
         stats = self.full_cache.stream_stats
         rate = stats.num_bytes / stats.seconds / 1e9 if stats.seconds else 0.0
         return {
@@ -108,78 +119,91 @@ class RoleBuilder:
             "seconds": stats.seconds,
             "gb_per_s": rate,
             "stall_s": stats.stall_seconds,
-            "overlap": overlap(stats.seconds, stats.stall_seconds),
-            "emulated_link_gb_per_s": self.link.gb_per_s,
-            "damaged_blocks": self.disk_tier.num_damaged + self.host_tier.num_damaged,
+            "overlap": hidden_share(stats.seconds, stats.stall_seconds),
+            "emulated_link_gb_per_s": self.tiers.link.gb_per_s,
+            "damaged_blocks": self.tiers.disk.num_damaged + self.tiers.host.num_damaged,
         }
 
     # ---- Models. ----
 
-    def load_target(self, **how) -> CausalModel:
-        """See workers.models.pretrained.load_model. Raises ConfigError."""
-        return self._load(self.target_facts, **how)
+    def load_target(self, all_reduce: AllReduce | None = None) -> CausalModel:
+        """The target with weights of its own; see workers.models.loading.load_model. Raises ConfigError."""
+        return self._load(self.target_facts, all_reduce)
 
-    def take_target(self, description: dict) -> CausalModel:
-        """On the weights of another process; see workers.models.shared_weights."""
+    def take_target(self, description: dict[str, Any]) -> CausalModel:
+        """The target on the weights of another process; see workers.models.shared_weights."""
         self.models.append(load_shared_model(self.target_facts, description, self.device))
         return self.models[-1]
 
-    def _load(self, facts: ModelFacts, **how) -> CausalModel:
+    def _load(self, facts: ModelFacts, all_reduce: AllReduce | None = None, *, layer_major: bool = True) -> CausalModel:
         self.weight_bytes += facts.num_weight_bytes
-        self.models.append(load_model(facts, self.device, self_check=self.config.model.self_check, **how))
-        return self.models[-1]
+        self_check = self.config.model.self_check
+        model = load_model(facts, self.device, self_check=self_check, layer_major=layer_major, all_reduce=all_reduce)
+        self.models.append(model)
+        return model
 
     # ---- Roles. ----
 
     def verifier(self, target: CausalModel) -> tuple[TargetVerifier, TargetModel]:
+        """The role that verifies, and the model that it plays."""
         self.full_cache = self._full_cache()
         model = TargetModel(
             target,
             self.full_cache,
-            piece_tokens=PIECE_TOKENS,
-            hidden_tier=self.device_tier if self.plan.hidden_tier == "device" else self.host_tier,
+            piece_tokens=self.sizes.piece_tokens,
+            hidden_tier=self.tiers.device if self.sizes.hidden_tier is TierName.device else self.tiers.host,
             selection=self._selection(self.full_cache) if self.config.uses_retrieval else None,
         )
         return TargetVerifier(model, self._coupling(LEVEL_TARGET)), model
 
-    def retriever(
-        self, target: CausalModel, tier: Tier | None = None, make_model: Callable = RetrievalModel
-    ) -> RetrievalDrafter:
-        """Its cache is in `tier`; on the device, if None."""
-        cache = self.retrieval_cache(self.device_tier if tier is None else tier)
+    def retriever(self, target: CausalModel) -> RetrievalDrafter[RetrievalUpdate]:
+        """The role that drafts by retrieval beside its verifier, which hands it the updates themselves."""
+        return self.retriever_with(RetrievalModel, target)
+
+    def retriever_with(
+        self,
+        make_model: Callable[[DraftingModel, RetrievalKVCache], RetrievalCachedModel[UpdateT]],
+        target: CausalModel,
+        tier: Tier | None = None,
+    ) -> RetrievalDrafter[UpdateT]:
+        """The role that drafts by retrieval on `make_model(model, cache)`; the cache is in `tier`, or on the device.
+
+        The kind of model says how updates come: see workers.models.retrieval_model.
+        """
+        cache = self.retrieval_cache(self.tiers.device if tier is None else tier)
         coupling, facts = self._coupling(LEVEL_RETRIEVAL), self.target_facts
         model = make_model(self._recorded(facts, target, cache), cache)
         return RetrievalDrafter(model, coupling, names_runners_up=self._wants_runners_up)
 
     def drafter(self, facts: ModelFacts | None, vocab_size: int) -> Drafter | LookupDrafter:
-        """Without `facts` of a model it looks up n-grams. `vocab_size` is the target's."""
+        """The role that drafts; without `facts` of a model it looks up n-grams. `vocab_size` is the target's."""
         config = self.config
         if facts is None:
-            one_hot = config.sampling.coupling == "maximal" and not config.sampling.is_greedy
+            one_hot = config.sampling.coupling is Coupling.maximal and not config.sampling.is_greedy
             return LookupDrafter(vocab_size, one_hot=one_hot)
-        streaming = config.cache.streaming
-        slack = streaming_slack(config)
-        cache = StreamingLLMCache(facts.cache_shape, streaming.sinks, streaming.window, slack, self.device_tier)
-        model = StreamingModel(self._recorded(facts, self._load(facts), cache), cache)
+        assert self.sizes.streaming is not None, "the plan has no drafter"
+        cache = caches.streaming_cache(self.sizes.streaming, facts.cache_shape, self.tiers.device)
+        model = StreamingModel(self._recorded(facts, self._load(facts, layer_major=False), cache), cache)
         coupling = self._coupling(LEVEL_DRAFTER)
         # Where the retrieval draft stands between, it names the runners-up of what it hands on.
         names_runners_up = self._wants_runners_up and not config.uses_retrieval
         return Drafter(model, coupling, vocab_size, names_runners_up=names_runners_up)
 
-    def _recorded(self, facts: ModelFacts, model: CausalModel, cache) -> CausalModel | RecordedModel:
+    def _recorded(self, facts: ModelFacts, model: CausalModel, cache: DraftCache) -> CausalModel | RecordedModel:
         """`model`, or what replays its passes over `cache`, where that is asked for and can be."""
         if self.config.decoding.cuda_graphs is not CudaGraphs.on:
             return model
-        for reason, holds in (
-            ("a sliding window", any(facts.windows)),
-            ("a rotary embedding that depends on length", model.depends_on_length),
-            ("weights on several devices", facts.shard != WHOLE),
-            ("roles in threads of their own", self._random is None),
-            ("quantised chunks", not isinstance(cache, RetrievalCache | StreamingLLMCache)),
-        ):
-            if holds:
-                self.notes.append(f"{facts.key}: no CUDA graphs, because of {reason}")
-                return model
+        reasons = {
+            "a sliding window": any(facts.windows),
+            "a rotary embedding that depends on length": model.depends_on_length,
+            "weights on several devices": facts.shard != WHOLE,
+            "roles in threads of their own": self._random is None,
+            "quantised chunks": isinstance(cache, QuantisedRetrievalCache),
+        }
+        reason = next((reason for reason, holds in reasons.items() if holds), None)
+        if reason is not None or isinstance(cache, QuantisedRetrievalCache):
+            self.notes.append(f"{facts.key}: no CUDA graphs, because of {reason}")
+            return model
         # A step reads what is drafted, and the tokens before that the level above brought.
         max_rows = self.config.decoding.most_gamma1 + 2
         self.recorded.append(RecordedModel(model, cache, max_rows, self._recorder))
@@ -192,75 +216,39 @@ class RoleBuilder:
 
     @property
     def _wants_runners_up(self) -> bool:
+        """Likely tokens beside the drafted ones are named, for what is drafted after each of them."""
         return self.config.decoding.overlap is Overlap.outcomes
 
-    def _coupling(self, level: int):
+    def _coupling(self, level: int) -> LevelCoupling:
         # Numbers are keyed: a source for each role, which roles in threads of their own need, draws what one would.
         random = self._random or KeyedRandom(self._seed)
         return make_coupling(self.config.sampling, random, level, is_last=level == LEVEL_TARGET)
 
     # ---- Caches. ----
 
-    def retrieval_cache(self, tier: Tier):
-        retrieval, slack = self.config.cache.retrieval, self.plan.slack_tokens
-        tail = retrieval_tail_tokens(self.config, self._max_new_tokens)
-        num_summaries = 0
-        if retrieval.summary_tokens:
-            num_summaries = (self.plan.max_tokens + slack) // retrieval.summary_tokens
-        sizes = (self.target_facts.cache_shape, retrieval.budget, tail, slack, tier, num_summaries)
-        return make_retrieval_cache(retrieval.dtype.bits, *sizes)
+    def retrieval_cache(self, tier: Tier) -> RetrievalKVCache:
+        """The retrieval cache, in `tier`."""
+        return caches.retrieval_cache(self.sizes, self.target_facts.cache_shape, tier)
 
     def _full_cache(self) -> FullCache:
-        plan, facts = self.plan, self.target_facts
-        shape, slack, device = facts.cache_shape, plan.slack_tokens, self.device
-        block = BlockShape(
-            num_kv_heads=shape.num_kv_heads, num_tokens=plan.block_tokens, head_dim=shape.head_dim, dtype=shape.dtype
-        )
-        # Layers in blocks come first, the slowest first of all: their stream starts with the pass.
-        tiers = [self.disk_tier] * plan.num_disk_layers + [self.host_tier] * plan.num_host_layers
-        num_blocks = plan.max_tokens // plan.block_tokens
-        layers: list = [
-            BlockLayer(shape, tier.blocks(block, num_blocks), slack, self.device_tier, self.link) for tier in tiers
-        ]
-        layers += [DeviceLayer(shape, plan.max_tokens + slack, self.device_tier) for _ in range(plan.num_device_layers)]
-        if not tiers:
-            return FullCache(layers, facts.windows)
-        readers = self._num_readers(block) if plan.num_disk_layers else 1
-        needs_staging = plan.num_disk_layers > 0 or self.host_tier.checksums
-        streamer = make_streamer(
-            block.size,
-            shape.dtype,
-            plan.stream_buffers,
-            self.device_tier,
-            device,
-            num_threads=readers,
-            link=self.link,
-            staging_tier=self.host_tier if needs_staging else None,
-        )
-        make_space = partial(_space, shape, self.device_tier)
-        return FullCache(layers, facts.windows, streamer, BlockWriter(device), make_space)
+        facts = self.target_facts
+        num_readers = self._num_readers() if self.sizes.num_disk_layers else 1
+        return caches.full_cache(self.sizes, facts.cache_shape, facts.windows, self.tiers, self.device, num_readers)
 
-    def _num_readers(self, block: BlockShape) -> int:
+    def _num_readers(self) -> int:
+        """Number of reads from disk in flight: as configured, else the fewest that are about as fast as it gets."""
         configured = self.config.tiers.disk.readers
         if configured != "auto":
             return int(configured)
-        num_readers, gb_per_s = best_num_readers(self.disk_tier.folder, block, self.plan.stream_buffers)
+        block = self.sizes.block_shape(self.target_facts.cache_shape)
+        num_readers, gb_per_s = best_num_readers(self.tiers.disk.folder, block, self.sizes.stream_buffers)
         self.notes.append(f"disk: {gb_per_s:.1f} GB/s with {num_readers} reads in flight")
         return num_readers
 
     def _selection(self, full_cache: FullCache) -> RetrievalSelection:
-        capacity, facts = self.plan.max_tokens + self.plan.slack_tokens, self.target_facts
-        retrieval, shape, tier = self.config.cache.retrieval, facts.cache_shape, self.device_tier
-        make_rule = ChunkIndex if retrieval.rule == ChunkRule.mean_key else AttentionMass
-        rule = make_rule(shape, capacity, retrieval.chunk_size, tier, self.pool_scores)
-        summary = ahead = None
-        if retrieval.summary_tokens:
-            summary = ContextSummary(shape, capacity, retrieval.summary_tokens, tier)
-        if self.plan.chooses_ahead:
-            size = (len(full_cache.layers_in_blocks), 2, shape.num_kv_heads * retrieval.budget, shape.head_dim)
-            ahead = tier.allocate(*size, dtype=shape.dtype).zero_()
-        share = retrieval.newest_share
-        return RetrievalSelection(full_cache, rule, facts.windows, retrieval.budget, share, summary, ahead)
+        facts, share = self.target_facts, self.config.cache.retrieval.newest_share
+        of_target = (facts.cache_shape, facts.windows, share)
+        return caches.selection(self.sizes, full_cache, *of_target, self.tiers.device, self.pool_scores)
 
 
 def disk_folder(config: RunConfig) -> Path:
@@ -268,22 +256,12 @@ def disk_folder(config: RunConfig) -> Path:
     return Path(config.tiers.disk.folder or config.output)
 
 
-def overlap(seconds: float, stall_seconds: float) -> float | None:
-    """Of the seconds in which copies were under way, the share in which attention did not wait for them."""
+def hidden_share(seconds: float, stall_seconds: float) -> float | None:
+    """Share of the seconds in which copies were under way, in which attention did not wait for them."""
     return max(0.0, 1 - stall_seconds / seconds) if seconds else None
 
 
 def pci_address(device: torch.device) -> str:
-    """Of a CUDA device, as the system names it."""
-    facts = torch.cuda.get_device_properties(device)
+    """Address of a CUDA device, as the system names it."""
+    facts: Any = torch.cuda.get_device_properties(device)  # torch's types know nothing of addresses
     return f"{facts.pci_domain_id:04x}:{facts.pci_bus_id:02x}:{facts.pci_device_id:02x}.0"
-
-
-@contextmanager
-def _space(shape: CacheShape, tier: DeviceTier, num_tokens: int) -> Iterator[DeviceLayer]:
-    """A layer on the device, while a prompt is read."""
-    layer = DeviceLayer(shape, num_tokens, tier)
-    try:
-        yield layer
-    finally:
-        tier.free(layer.kv)

@@ -1,4 +1,4 @@
-"""What every program that decodes in our engine does: the seed, the room for new tokens, and rounds with their time."""
+"""Steps of every program that decodes in our engine: the seed, the room for new tokens, rounds with their time."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ import time
 from collections.abc import Callable
 
 from conf.schema import ConfigError, RunConfig
-from orchestrator.hierarchy import Round
 from orchestrator.metrics import Metrics
+from orchestrator.round import Round
 
 
 def make_seed(config: RunConfig) -> int:
-    """That of the configuration, or one drawn now: of 48 bits, which is exact in any JSON reader."""
+    """The configured seed, or one drawn now: of 48 bits, which is exact in any JSON reader."""
     seed = config.sampling.seed
     return int.from_bytes(os.urandom(6), "little") if seed is None else seed
 
 
 def fit_to_model(config: RunConfig, num_prompt: int, max_positions: int, note: Callable[[str], None]) -> int:
-    """The tokens that can be generated after this prompt; the last one of them needs no position."""
+    """The most tokens that can be generated after a prompt of `num_prompt` tokens; `note` is told if that is fewer.
+
+    The last one of them needs no position. Raises ConfigError for a prompt that does not fit the model.
+    """
     wanted = config.generation.max_new_tokens
     if num_prompt > max_positions:
         at_least = "at least " if num_prompt == 4 * max_positions else ""
@@ -37,11 +40,12 @@ def fit_to_model(config: RunConfig, num_prompt: int, max_positions: int, note: C
 
 
 def make_metrics(config: RunConfig) -> Metrics:
+    """Metrics with the levels that this configuration has."""
     return Metrics(uses_drafter=config.uses_drafter, uses_retrieval=config.uses_retrieval)
 
 
 def take_round(act: Callable[[], Round], metrics: Metrics) -> tuple[Round, float]:
-    """One round, counted; and its seconds. `act` is a hierarchy's `start` or `round`."""
+    """One round, added to `metrics`, and its seconds; `act` is a hierarchy's `start` or `round`."""
     began = time.perf_counter()
     round_ = act()
     seconds = time.perf_counter() - began

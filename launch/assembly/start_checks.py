@@ -1,4 +1,4 @@
-"""What must hold on this machine before a run loads anything."""
+"""Checks of all that can be known to be wrong before a run loads anything."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from orchestrator.placement import place
 def check_start(config: RunConfig, num_processes: int | None = None) -> None:
     """Raises ConfigError where the placement, the folders, the prompt or the models' names cannot be right.
 
-    `num_processes`: of the run, if not those that torchrun started.
+    `num_processes` is the run's number of processes, if not those that torchrun started.
     """
     place(config.placement, num_processes or world_size())
     check_folder("output", config.output, "outputs/run")
@@ -33,7 +33,10 @@ def world_size() -> int:
 
 
 def check_folder(key: str, folder: str, example: str) -> None:
-    """Raises ConfigError unless the folder can be made, or is there, and can be written; leaves nothing behind."""
+    """Raises ConfigError unless the folder is there or can be made, and can be written; leaves nothing behind.
+
+    `key` is where the user named it, `example` a folder that would do.
+    """
     example = f"a folder that can be written, for example {example}"
     if not folder or "\0" in folder:
         raise ConfigError(f"{key} is {folder!r}; it must be {example}")

@@ -16,9 +16,11 @@ PEER_NAMES = (
     *("transformers", "transformers_static", "transformers_offloaded", "assisted", "prompt_lookup"),
     *("llama_cpp", "llama_cpp_lookup"),
 )
-COMMON_KEYS = ("sampling.temperature", "sampling.top_", "sampling.seed", "prompt", "generation", "model.target")
-COMMON_KEYS += ("model.dtype", "model.max_positions", "placement", "output")
-"""What all contenders have in common: a comparison of anything else is none."""
+COMMON_KEYS = (
+    *("sampling.temperature", "sampling.top_", "sampling.seed", "prompt", "generation", "model.target"),
+    *("model.dtype", "model.max_positions", "placement", "output"),
+)
+"""Beginnings of the keys that all contenders have in common: a comparison of anything else is none."""
 SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 
 
@@ -29,19 +31,19 @@ class GridConfig:
     contexts: list[int] = field(default_factory=lambda: [8192])
     """Tokens in all: the prompt is so much shorter that what is generated fits."""
     tiers: list[FullCacheTier] = field(default_factory=lambda: [FullCacheTier.device])
-    """Of our full cache. Peers have theirs on the device, and run in that tier's cells (and in those of auto)."""
+    """Tiers of our full cache. Peers have theirs on the device, and run in that tier's cells (and in those of auto)."""
     links_gb_per_s: list[float | None] = field(default_factory=lambda: [None])
     """Emulated links to the device, for the tiers that stream; null: the machine's own."""
 
     def __post_init__(self) -> None:
-        legal = self.contexts and all(context >= 2 for context in self.contexts)
-        require(bool(legal), "grid.contexts", self.contexts, "a list of numbers of tokens, for example [8192,32768]")
+        legal = bool(self.contexts) and all(context >= 2 for context in self.contexts)
+        require(legal, "grid.contexts", self.contexts, "a list of numbers of tokens, for example [8192,32768]")
         require(bool(self.tiers), "grid.tiers", self.tiers, "a list of tiers, for example [device,host]")
-        legal = self.links_gb_per_s and all(link is None or link > 0 for link in self.links_gb_per_s)
-        require(bool(legal), "grid.links_gb_per_s", self.links_gb_per_s, "a list like [null,2]: null, or above 0")
+        legal = bool(self.links_gb_per_s) and all(link is None or link > 0 for link in self.links_gb_per_s)
+        require(legal, "grid.links_gb_per_s", self.links_gb_per_s, "a list like [null,2]: null, or above 0")
 
     def cells(self) -> list[tuple[int, FullCacheTier, float | None]]:
-        """(context, tier, link); only what may stream has a link."""
+        """Every (context, tier, link); only what may stream has a link."""
         return [
             (context, tier, link)
             for context in self.contexts
@@ -61,9 +63,9 @@ class PeerSettings:
     assistant_confidence_threshold: float = 0.4
     """The assistant stops drafting below it; 0: never."""
     prompt_lookup_num_tokens: int = 10
-    """Drafted at a time by prompt lookup, in transformers and in llama.cpp."""
+    """Tokens that prompt lookup drafts at a time, in transformers and in llama.cpp."""
     llama_cpp_weights: Dtype = Dtype.auto
-    """In the GGUF file; auto: as the run's."""
+    """Type of the matrices in the GGUF file; auto: as the run's."""
 
     def __post_init__(self) -> None:
         for key in ("num_assistant_tokens", "prompt_lookup_num_tokens"):
@@ -79,15 +81,16 @@ class BenchConfig(RunConfig):
     """A run, as often as there are contenders."""
 
     generation: GenerationConfig = field(default_factory=lambda: GenerationConfig(max_new_tokens=48, ignore_eos=True))
-    """max_new_tokens are those of one repetition."""
+    """Its max_new_tokens are those of one repetition."""
     contenders: dict[str, str] = field(default_factory=dict)
-    """Of our engine, by name: overrides of the run, separated by spaces. One that is called as a mode is that mode."""
+    """Contenders of our engine, by name: overrides of the run, separated by spaces. One called as a mode has it."""
     peers: list[str] = field(default_factory=list)
+    """Some of PEER_NAMES."""
     peer: PeerSettings = field(default_factory=PeerSettings)
     only: list[str] = field(default_factory=list)
-    """Of all contenders and peers those that run; none: all."""
+    """Names of the contenders and peers that run; none: all."""
     repetitions: int = 3
-    """Counted ones; one before them is the warm-up."""
+    """Turns of each contender that are counted; one before them is the warm-up."""
     grid: GridConfig = field(default_factory=GridConfig)
 
     def __post_init__(self) -> None:
@@ -112,15 +115,16 @@ class BenchConfig(RunConfig):
 
     @property
     def run_config(self) -> RunConfig:
-        """What is of a run in it."""
+        """The run that contenders change: the keys that launch/run.py has, too."""
         return RunConfig(**{item.name: getattr(self, item.name) for item in fields(RunConfig)})
 
     def runs_of_ours(self, base: RunConfig | None = None) -> dict[str, RunConfig]:
-        """Of the contenders, by name; on `base`, if it is not this configuration itself. Raises ConfigError."""
+        """The run of each of our contenders, by name; `base` is what they change. Raises ConfigError."""
         base = base or self.run_config
         return {name: contender_config(name, text, base) for name, text in self.contenders.items() if self.runs(name)}
 
     def runs(self, name: str) -> bool:
+        """Whether `only` lets this contender or peer take part."""
         return not self.only or name in self.only
 
 
@@ -128,12 +132,16 @@ ConfigStore.instance().store(name="bench_schema", node=BenchConfig)
 
 
 def read_bench_config(overrides: list[str]) -> BenchConfig:
-    """Raises ConfigError."""
-    return compose_program("bench", [_quoted(text) for text in overrides], "conf/schema.py, launch/benchmark/config.py")
+    """The configuration that these overrides make. Raises ConfigError."""
+    keys = "conf/schema.py, launch/benchmark/config.py"
+    config = compose_program("bench", [_quoted(text) for text in overrides], keys)
+    assert isinstance(config, BenchConfig)
+    return config
 
 
 def _quoted(text: str) -> str:
-    """Hydra wants a value that has an equals sign in quotes, and a plus before a new name."""
+    """An override in Hydra's grammar, which wants a value that has an equals sign in quotes, and a plus before a new
+    name."""
     key, _, value = text.partition("=")
     if not key.startswith("contenders."):
         return text
@@ -144,7 +152,7 @@ def _quoted(text: str) -> str:
 
 
 def most_per_round(config: RunConfig) -> int:
-    """Tokens that one round can bring."""
+    """Tokens that one round can bring at most."""
     return config.decoding.most_gamma1 + config.decoding.most_gamma2 + 1
 
 
@@ -159,6 +167,8 @@ def contender_config(name: str, overrides: str, base: RunConfig) -> RunConfig:
             if parsed.key_or_group.startswith(COMMON_KEYS):
                 raise ConfigError(f"{text!r} would make it another task; set it for all contenders")
             OmegaConf.update(config, parsed.key_or_group, parsed.value())
-        return OmegaConf.to_object(config)
+        changed = OmegaConf.to_object(config)
     except (ConfigError, ValueError, OmegaConfBaseException) as error:
         raise ConfigError(f"contenders.{name} is {overrides!r}: {error}") from None
+    assert isinstance(changed, RunConfig)
+    return changed

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from conf.schema import ConfigError
 
@@ -35,16 +37,17 @@ DIGIT_SPLITTING, PLAIN = "smollm", "gpt-2"
 """llama.cpp's names of ways to split text: GPT-2's, after single digits; GPT-2's alone."""
 GPT2_SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 SPECIAL, UNUSED, NORMAL = "CONTROL", "UNUSED", "NORMAL"
+"""gguf's names of kinds of tokens."""
 
 
-def export(model, tokenizer, path: Path, dtype: torch.dtype) -> None:
-    """`model` is a LlamaForCausalLM; its matrices are written as `dtype`, vectors as fp32. Raises ConfigError."""
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, dtype: torch.dtype) -> None:
+    """Writes a LlamaForCausalLM, its matrices as `dtype`, vectors as fp32. Raises ConfigError for any other model."""
     import gguf
 
-    config = model.config
-    _check(config)
+    config = _llama_config(model)
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    heads = config.num_attention_heads
+    kv_heads = config.num_key_value_heads or heads
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -62,8 +65,7 @@ def export(model, tokenizer, path: Path, dtype: torch.dtype) -> None:
             continue
         if ".q_proj." in name or ".k_proj." in name:
             tensor = interleaved(tensor, heads if ".q_proj." in name else kv_heads)
-        kind = GGML_TYPES[dtype if tensor.dim() > 1 else torch.float32]
-        kind = getattr(gguf.GGMLQuantizationType, kind)
+        kind = getattr(gguf.GGMLQuantizationType, GGML_TYPES[dtype if tensor.dim() > 1 else torch.float32])
         values = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
         writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
@@ -72,15 +74,19 @@ def export(model, tokenizer, path: Path, dtype: torch.dtype) -> None:
     writer.close()
 
 
-def _check(config) -> None:
+def _llama_config(model: PreTrainedModel) -> LlamaConfig:
+    """The configuration of a model that llama.cpp reads as a Llama. Raises ConfigError."""
+    config = model.config
     if config.model_type != ARCHITECTURE or config.attention_bias or config.mlp_bias:
         raise ConfigError(
             f"model.target is of model type {config.model_type}; for llama.cpp it must be a llama without biases"
         )
+    assert isinstance(config, LlamaConfig)
+    return config
 
 
 def gguf_name(name: str) -> str:
-    """Of one of the weights."""
+    """The name in a GGUF file of a weight that transformers calls `name`."""
     if name in OTHER_NAMES:
         return OTHER_NAMES[name]
     layer, _, part = name.removeprefix("model.layers.").partition(".")
@@ -93,8 +99,9 @@ def interleaved(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     return weight.view(num_heads, 2, rows // num_heads // 2, width).transpose(1, 2).reshape(rows, width)
 
 
-def _add_rope(writer, gguf, config) -> None:
-    rope = config.rope_parameters
+def _add_rope(writer: Any, gguf: Any, config: LlamaConfig) -> None:
+    """Writes the rotary embedding. Raises ConfigError for one that llama.cpp does not have."""
+    rope: dict[str, Any] = {**(config.rope_parameters or {})}
     kind = rope.get("rope_type", "default")
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(rope["rope_theta"])
@@ -110,7 +117,8 @@ def _add_rope(writer, gguf, config) -> None:
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
-def _add_tokenizer(writer, gguf, tokenizer, vocab_size: int) -> None:
+def _add_tokenizer(writer: Any, gguf: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Writes the tokenizer, or that there is none, where llama.cpp would split text in another way."""
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     split = _split_name(described)
     if split is None:
@@ -139,7 +147,7 @@ def _add_tokenizer(writer, gguf, tokenizer, vocab_size: int) -> None:
     )
 
 
-def _split_name(described: dict) -> str | None:
+def _split_name(described: dict[str, Any]) -> str | None:
     """llama.cpp's name of the way this tokenizer (tokenizer.json) splits text; None: it has none that we know."""
     if described["model"]["type"] != "BPE" or described.get("normalizer") is not None:
         return None

@@ -3,46 +3,46 @@
 from __future__ import annotations
 
 import importlib.util
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import torch
 
-from launch.benchmark.contenders import WORKSPACE_BYTES, NotHereError, Segment, kv_bytes
+from launch.benchmark.contender import WORKSPACE_BYTES, NotHereError, Turn
+from launch.benchmark.shared_models import SharedModels
+from launch.command_line.timing import Stopwatch
 
 
 @dataclass(kw_only=True)
 class LlamaCppPeer:
-    """See launch.benchmark.contenders.Contender. One generation, which waits between turns."""
+    """One generation, which waits between turns; see launch.benchmark.contender.Contender."""
 
-    shared: Any
-    """See launch.benchmark.peers.SharedModels."""
+    shared: SharedModels
     uses_lookup: bool = False
-    _llama: Any = None
-    _tokens: Iterator[int] | None = None
-
-    @property
-    def _num_positions(self) -> int:
-        return len(self.shared.cell.prompt) + self.shared.cell.num_new_tokens
+    """Tokens are drafted by looking up in the prompt what followed the last ones."""
+    _llama: Any = None  # llama_cpp publishes no types
+    _tokens: Iterator[int] = field(default_factory=lambda: iter(()))
 
     def needed_bytes(self) -> int:
+        """Weights, keys and values, and the logits that lookup decoding keeps. Raises NotHereError."""
         missing = [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None]
         if missing:
             raise NotHereError(f"{' and '.join(missing)} not installed: pip install 'tierforce[bench]'")
-        facts = self.shared.cell.prepared.target
-        num_bytes = facts.num_weight_bytes + kv_bytes(self.shared.cell.prepared, self._num_positions) + WORKSPACE_BYTES
+        cell = self.shared.cell
+        facts = cell.prepared.target
+        num_bytes = facts.num_weight_bytes + cell.kv_bytes + WORKSPACE_BYTES
         # Its lookup decoding keeps the logits of all positions, in fp32.
-        logits = 4 * self._num_positions * facts.config.get_text_config().vocab_size
-        return num_bytes + (logits if self.uses_lookup else 0)
+        num_logits_bytes = 4 * cell.num_positions * int(facts.config.get_text_config().vocab_size)
+        return num_bytes + (num_logits_bytes if self.uses_lookup else 0)
 
     def load(self) -> None:
+        """Reads the GGUF file, which is written if no other peer has asked for it yet."""
         import llama_cpp
         from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
-        lookup = {}
+        lookup: dict[str, Any] = {}
         if self.uses_lookup:
             # Without logits_all it keeps room for fewer rows of logits than its lookup decoding writes.
             num_tokens = self.shared.settings.prompt_lookup_num_tokens
@@ -50,7 +50,7 @@ class LlamaCppPeer:
         cell, num_threads = self.shared.cell, torch.get_num_threads()
         self._llama = llama_cpp.Llama(
             str(self.shared.gguf_path),
-            n_ctx=self._num_positions,
+            n_ctx=cell.num_positions,
             n_threads=num_threads,
             n_threads_batch=num_threads,
             n_gpu_layers=-1 if cell.prepared.device.type == "cuda" else 0,
@@ -61,6 +61,7 @@ class LlamaCppPeer:
         )
 
     def start(self) -> list[int]:
+        """Reads the prompt; returns the first token."""
         cell = self.shared.cell
         sampling = cell.config.sampling
         self._tokens = self._llama.generate(
@@ -73,19 +74,22 @@ class LlamaCppPeer:
         )
         return self.decode(1).tokens
 
-    def decode(self, count: int) -> Segment:
-        began = time.perf_counter()
-        tokens = [int(token) for token in islice(self._tokens, count)]
-        return Segment(tokens=tokens, num_timed=len(tokens), seconds=time.perf_counter() - began)
+    def decode(self, count: int) -> Turn:
+        """The next `count` tokens."""
+        with Stopwatch() as watch:
+            tokens = [int(token) for token in islice(self._tokens, count)]
+        return Turn(tokens=tokens, num_timed=len(tokens), seconds=watch.seconds)
 
     def begin_counting(self) -> None:
-        pass
+        """Nothing is counted but what turns bring."""
 
     def facts(self) -> dict[str, Any]:
+        """None: llama.cpp tells nothing of how it drafts."""
         return {}
 
     def close(self) -> None:
-        self._tokens = None  # a generation that nobody asks any more ends with its last reference
+        """Ends the generation and frees the model."""
+        self._tokens = iter(())  # a generation that nobody asks any more ends with its last reference
         if self._llama is not None:
             self._llama.close()
             self._llama = None

@@ -4,47 +4,54 @@ from __future__ import annotations
 
 import gc
 import os
-import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from conf.schema import ConfigError, DecodingConfig, FullCacheTier, RunConfig, to_plain
-from launch.assembly.engine import prepare
+from launch.assembly.prepare import prepare
 from launch.assembly.session_run import make_seed
 from launch.benchmark.config import BenchConfig, most_per_round
-from launch.benchmark.contenders import Cell, Contender, NotHereError, OurEngine
-from launch.benchmark.peers import PEERS, SharedModels
-from launch.benchmark.table import FAILED, SKIPPED, Row, compare, make_table, write_csv, write_json
+from launch.benchmark.contender import Cell, Contender, NotHereError
+from launch.benchmark.our_engine import OurEngine
+from launch.benchmark.peers import PEERS
+from launch.benchmark.shared_models import SharedModels
+from launch.benchmark.table import ContenderRow, Status, compare, make_table, write_grid_csv
 from launch.command_line.machine import describe_machine
+from launch.command_line.tables import write_json
+from launch.command_line.timing import Stopwatch, utc_now
 from launch.prompts.prompt import read_prompt
 from orchestrator.run_files import installed_version, versions
 from tiers.planning.memory import device_free_bytes, release_unused
 
 JSON_FILE, CSV_FILE, FAILURES = "bench.json", "bench.csv", "failures.log"
+"""Files of a bench in its folder."""
 OTHER_PACKAGES = {"llama_cpp_python": "llama-cpp-python", "gguf": "gguf", "accelerate": "accelerate"}
+"""Distributions whose versions are recorded beside those of a run, by the name they have in the record."""
 OFFLOADED_PEER = "transformers_offloaded"
 KEPT_FREE = 0.1
-"""Of the memory that is free before a cell."""
+"""Share of the free memory that contenders leave alone."""
 
 
 @dataclass(kw_only=True)
 class Entry:
     """A contender and what it showed."""
 
-    row: Row
+    row: ContenderRow
     contender: Contender
     num_bytes: int = 0
+    """Memory that it will take, about."""
 
     @property
     def runs(self) -> bool:
-        return self.row.status not in (SKIPPED, FAILED)
+        """Whether it has been neither skipped nor failed so far."""
+        return self.row.status is Status.ok
 
 
 @dataclass(kw_only=True)
@@ -55,7 +62,13 @@ class SideBySide:
     folder: Path
     console: Console
     argv: list[str]
+    """The command line, for the record."""
+    make_ours: Callable[[Cell, RunConfig], Contender] = OurEngine
+    """A contender of a mode of ours; tests give another."""
+    free_bytes: Callable[[torch.device], int] = device_free_bytes
+    """Memory that contenders of a cell may take."""
     cells: list[dict[str, Any]] = field(default_factory=list)
+    """Cells as bench.json has them, with what was measured so far."""
     num_failed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,7 +82,7 @@ class SideBySide:
         self._record = {
             "program": "bench",
             "argv": self.argv,
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "started": utc_now(),
             "seed": self._seed,
             "versions": versions() | packages,
             "machine": describe_machine(prepared.device),
@@ -80,7 +93,7 @@ class SideBySide:
         self.console.print(", ".join(prepared.notes), highlight=False)
 
     def run(self) -> int:
-        """How many contenders and cells failed."""
+        """Measures every cell; returns how many contenders and cells failed."""
         for place in self.config.grid.cells():
             try:
                 self._cell(*place)
@@ -90,17 +103,19 @@ class SideBySide:
         return self.num_failed
 
     def _write(self) -> None:
+        """Writes all that was measured so far."""
         write_json(self.folder / JSON_FILE, self._record)
-        write_csv(self.folder / CSV_FILE, self.cells)
+        write_grid_csv(self.folder / CSV_FILE, self.cells)
 
     # ---- One cell. ----
 
     def _cell(self, context: int, tier: FullCacheTier, link: float | None) -> None:
+        """Measures one cell, and shows and records it, whatever happens."""
         cache = replace(self._base.cache, full=replace(self._base.cache.full, tier=tier))
         link_config = replace(self._base.tiers.link, gb_per_s=link or self._base.tiers.link.gb_per_s)
         config = replace(self._base, cache=cache, tiers=replace(self._base.tiers, link=link_config))
-        record = {"context": context, "prompt_tokens": None, "tier": str(tier), "link_gb_per_s": link_config.gb_per_s}
-        record |= {"positions": None, "rows": [], "reason": None}
+        record: dict[str, Any] = {"context": context, "prompt_tokens": None, "tier": str(tier)}
+        record |= {"link_gb_per_s": link_config.gb_per_s, "positions": None, "rows": [], "reason": None}
         self.cells.append(record)
         title = f"{context:,} tokens, {tier}"
         if link_config.gb_per_s is not None:
@@ -126,7 +141,7 @@ class SideBySide:
                 self.console.print(make_table(title, [entry.row for entry in entries]), highlight=False)
 
     def _make_cell(self, context: int, config: RunConfig) -> Cell:
-        """Raises ConfigError."""
+        """The task of a cell of the grid. Raises ConfigError for a context that prompt or model cannot have."""
         # The last turn may end late, too.
         most_late = max(map(most_per_round, self.config.runs_of_ours(config).values()), default=0)
         num_new = 1 + (1 + self.config.repetitions) * config.generation.max_new_tokens + most_late
@@ -149,20 +164,22 @@ class SideBySide:
         return Cell(config=config, prepared=prepared, prompt=prompt, num_new_tokens=num_new, seed=self._seed)
 
     def _entries(self, cell: Cell, shared: SharedModels, tier: FullCacheTier) -> list[Entry]:
+        """Our contenders, and the peers whose cache belongs in this tier."""
         entries = []
         for name, config in self.config.runs_of_ours(cell.config).items():
-            row = Row(name=name, settings=self.config.contenders[name])
-            entries.append(Entry(row=row, contender=OurEngine(cell=cell, config=config)))
+            row = ContenderRow(name=name, settings=self.config.contenders[name])
+            entries.append(Entry(row=row, contender=self.make_ours(cell, config)))
         keeps_on_device = tier in (FullCacheTier.device, FullCacheTier.auto)
         for name in self.config.peers:
             fits_tier = tier is FullCacheTier.host if name == OFFLOADED_PEER else keeps_on_device
             if self.config.runs(name) and fits_tier:
-                entries.append(Entry(row=Row(name=name, settings="peer"), contender=PEERS[name](shared)))
+                row = ContenderRow(name=name, settings="peer")
+                entries.append(Entry(row=row, contender=PEERS[name](shared)))
         return entries
 
     def _groups(self, entries: list[Entry], cell: Cell) -> Iterator[list[Entry]]:
-        """Those that fit into memory together, in order; what does not fit alone is skipped."""
-        free = int((1 - KEPT_FREE) * device_free_bytes(cell.prepared.device))
+        """Contenders that fit into memory together, in order; what does not fit alone is skipped."""
+        free = int((1 - KEPT_FREE) * self.free_bytes(cell.prepared.device))
         group: list[Entry] = []
         for entry in entries:
             with self._guarded(entry):
@@ -181,6 +198,7 @@ class SideBySide:
             yield group
 
     def _measure(self, group: list[Entry]) -> None:
+        """All turns of a group; then its memory is free again."""
         count = self.config.generation.max_new_tokens
         try:
             for entry in group:
@@ -204,19 +222,21 @@ class SideBySide:
             release_unused()
 
     def _start(self, entry: Entry) -> None:
+        """Loads a contender and has it read the prompt."""
         entry.contender.load()
-        began = time.perf_counter()
-        entry.row.token_ids += entry.contender.start()
-        entry.row.ttft_s = time.perf_counter() - began
+        with Stopwatch() as watch:
+            entry.row.token_ids += entry.contender.start()
+        entry.row.ttft_s = watch.seconds
         self.console.print(f"  {entry.row.name} has read the prompt: {entry.row.ttft_s:.1f} s", style="dim")
 
     def _take_turn(self, entry: Entry, count: int, *, is_warm_up: bool) -> None:
-        segment = entry.contender.decode(count)
-        entry.row.token_ids += segment.tokens
+        """One turn of a contender, whose time counts unless it is the warm-up."""
+        turn = entry.contender.decode(count)
+        entry.row.token_ids += turn.tokens
         if is_warm_up:
             entry.contender.begin_counting()
         else:
-            entry.row.samples_ms.append(1000 * segment.seconds / segment.num_timed)
+            entry.row.samples_ms.append(1000 * turn.seconds / turn.num_timed)
 
     # ---- Failures. ----
 
@@ -226,15 +246,15 @@ class SideBySide:
         try:
             yield
         except NotHereError as reason:
-            entry.row.status, entry.row.reason = SKIPPED, str(reason)
+            entry.row.status, entry.row.reason = Status.skipped, str(reason)
             self.console.print(f"  {entry.row.name} skipped: {reason}", style="dim", highlight=False)
         except Exception as error:
-            entry.row.status, entry.row.reason = FAILED, self._failure(entry.row.name, error)
+            entry.row.status, entry.row.reason = Status.failed, self._failure(entry.row.name, error)
             entry.contender.close()
             self.console.print(f"  {entry.row.name} failed: {entry.row.reason}", style="red", highlight=False)
 
     def _failure(self, who: str, error: Exception) -> str:
-        """One line; the traceback goes to a file."""
+        """The reason in one line; counts the failure, and writes its traceback to a file."""
         self.num_failed += 1
         with (self.folder / FAILURES).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"==== {who}\n{''.join(traceback.format_exception(error))}\n")

@@ -1,44 +1,57 @@
-"""What launch/bench.py measured: medians and spread, a table for the terminal, one JSON and one CSV with all of it."""
+"""Results of launch/bench.py: medians and spread, a table for the terminal, one CSV with all of it."""
 
 from __future__ import annotations
 
-import csv
-import json
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from rich.table import Table
 
-REFERENCE = "autoregressive"
-OK, SKIPPED, FAILED = "ok", "skipped", "failed"
+from conf.schema import Mode
+from launch.command_line.tables import shown, write_csv
+
+REFERENCE = str(Mode.autoregressive)
+"""The contender that all others are held against."""
 CSV_FIELDS = (
     *("context", "prompt_tokens", "tier", "link_gb_per_s", "positions", "contender", "status", "tbt_ms", "tbt_ms_min"),
     *("tbt_ms_max", "ratio", "tokens_per_s", "tokens_per_verification", "retrieval_acceptance", "draft_acceptance"),
     *("outside_roles", "outside_forwards_and_copies", "ttft_s", "new_tokens", "first_difference", "settings"),
     "reason",
 )
+CELL_FIELDS = ("context", "prompt_tokens", "tier", "link_gb_per_s", "positions")
+"""Columns in which all contenders of a cell agree."""
+
+
+class Status(StrEnum):
+    """Whether a contender was measured."""
+
+    ok = "ok"
+    skipped = "skipped"
+    failed = "failed"
 
 
 @dataclass(kw_only=True, slots=True)
-class Row:
+class ContenderRow:
     """One contender in one cell of the grid."""
 
     name: str
     settings: str
-    status: str = OK
+    """Overrides that make it what it is."""
+    status: Status = Status.ok
     reason: str | None = None
     """Why it was skipped or how it failed."""
     ttft_s: float | None = None
-    """To the first token, when all is loaded."""
+    """Seconds to the first token, when all is loaded."""
     samples_ms: list[float] = field(default_factory=list)
     """Time between tokens (TBT) of each repetition."""
     token_ids: list[int] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
-    """See Contender.facts."""
+    """Whatever else the contender tells; see Contender.facts."""
     ratio: float | None = None
-    """The reference's TBT over this one's: above 1 is faster. Medians."""
+    """The reference's median TBT over this one's: above 1 is faster."""
     first_difference: int | None = None
     """Index of the first new token that is not the reference's; null: none, or not to be compared."""
     is_compared: bool = False
@@ -46,12 +59,14 @@ class Row:
 
     @property
     def tbt_ms(self) -> float | None:
+        """The median of the repetitions; None where there are none."""
         return median(self.samples_ms) if self.samples_ms else None
 
     def to_plain(self) -> dict[str, Any]:
-        samples, spread = self.samples_ms, None
+        """The row as bench.json has it."""
+        samples, tbt_ms, spread = self.samples_ms, self.tbt_ms, None
         if samples:
-            spread = {"median": self.tbt_ms, "min": min(samples), "max": max(samples), "samples": samples}
+            spread = {"median": tbt_ms, "min": min(samples), "max": max(samples), "samples": samples}
         return {
             "contender": self.name,
             "settings": self.settings,
@@ -59,7 +74,7 @@ class Row:
             "reason": self.reason,
             "tbt_ms": spread,
             "ratio": self.ratio,
-            "tokens_per_s": 1000 / self.tbt_ms if samples else None,
+            "tokens_per_s": None if tbt_ms is None else 1000 / tbt_ms,
             "ttft_s": self.ttft_s,
             "new_tokens": len(self.token_ids),
             "token_ids": self.token_ids,
@@ -69,39 +84,39 @@ class Row:
         }
 
 
-def compare(rows: list[Row], *, is_greedy: bool) -> None:
+def compare(rows: list[ContenderRow], *, is_greedy: bool) -> None:
     """Sets ratios to the reference's, and, where all are greedy, whose tokens differ from its tokens."""
-    measured = [row for row in rows if row.status == OK and row.samples_ms]
-    reference = next((row for row in measured if row.name == REFERENCE), None)
+    measured = [(row, row.tbt_ms) for row in rows if row.status is Status.ok and row.tbt_ms is not None]
+    reference, reference_ms = next(((row, tbt_ms) for row, tbt_ms in measured if row.name == REFERENCE), (None, 0.0))
     if reference is None:
         return
-    for row in measured:
-        row.ratio = reference.tbt_ms / row.tbt_ms
+    for row, tbt_ms in measured:
+        row.ratio = reference_ms / tbt_ms
         row.is_compared = is_greedy
         row.first_difference = first_difference(reference.token_ids, row.token_ids) if is_greedy else None
 
 
 def first_difference(left: list[int], right: list[int]) -> int | None:
-    """Contenders end at different lengths: only what both have counts."""
+    """The first index at which two texts differ; contenders end at different lengths: only what both have counts."""
     pairs = zip(left, right, strict=False)
     return next((index for index, (one, other) in enumerate(pairs) if one != other), None)
 
 
-def make_table(title: str, rows: list[Row]) -> Table:
-    """TBT as the median and (min..max) of the repetitions."""
+def make_table(title: str, rows: list[ContenderRow]) -> Table:
+    """The table of a cell for the terminal: TBT as the median and (min..max) of the repetitions."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("contender", no_wrap=True)
     heads = ("TBT ms", "min..max", "speed", "per verif.", "accepted", "outside", "tokens", "TTFT s")
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(row.name, *cells(row), style=None if row.status == OK else "dim")
+        table.add_row(row.name, *texts_of(row), style=None if row.status is Status.ok else "dim")
     return table
 
 
-def cells(row: Row) -> list[str]:
-    """As text, for one line of the table."""
-    if row.status != OK or not row.samples_ms:
+def texts_of(row: ContenderRow) -> list[str]:
+    """The texts behind a contender's name, one for each column of the table."""
+    if row.status is not Status.ok or not row.samples_ms:
         return [row.status, *[""] * 7]
     speculation, outside = row.facts.get("speculation"), row.facts.get("outside")
     per_verification = speculation["tokens_per_verification"] if speculation and speculation["levels"] else None
@@ -109,41 +124,25 @@ def cells(row: Row) -> list[str]:
     if row.is_compared and row.name != REFERENCE:
         same = "same" if row.first_difference is None else f"differ at {row.first_difference}"
     return [
-        f"{row.tbt_ms:.1f}",
+        shown(row.tbt_ms, ".1f"),
         f"{min(row.samples_ms):.1f}..{max(row.samples_ms):.1f}",
-        shown(row.ratio, "{:.2f}"),
-        shown(per_verification, "{:.2f}"),
-        " / ".join(shown(level["acceptance_rate"], "{:.0%}") for level in (speculation or {}).get("levels", [])),
-        shown((outside or {}).get("forwards_and_copies"), "{:.1%}"),
+        shown(row.ratio, ".2f"),
+        shown(per_verification, ".2f"),
+        " / ".join(shown(level["acceptance_rate"], ".0%") for level in (speculation or {}).get("levels", [])),
+        shown((outside or {}).get("forwards_and_copies"), ".1%"),
         same,
-        shown(row.ttft_s, "{:.1f}"),
+        shown(row.ttft_s, ".1f"),
     ]
 
 
-def shown(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """A whole file or none."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def write_csv(path: Path, grid: list[dict[str, Any]]) -> None:
-    """A line for each contender of each cell; `grid` are the cells as the JSON has them."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, CSV_FIELDS)
-        writer.writeheader()
-        for cell in grid:
-            shared = {key: cell[key] for key in ("context", "prompt_tokens", "tier", "link_gb_per_s", "positions")}
-            for row in cell["rows"]:
-                writer.writerow(shared | csv_values(row))
+def write_grid_csv(path: Path, grid: list[dict[str, Any]]) -> None:
+    """A line for each contender of each cell; `grid` are the cells as bench.json has them."""
+    lines = [{key: cell[key] for key in CELL_FIELDS} | csv_values(row) for cell in grid for row in cell["rows"]]
+    write_csv(path, CSV_FIELDS, lines)
 
 
 def csv_values(row: dict[str, Any]) -> dict[str, Any]:
-    """Of one row of a cell."""
+    """The columns of one contender, of its row as bench.json has it."""
     tbt, outside = row["tbt_ms"] or {}, row.get("outside") or {}
     speculation = row.get("speculation") or {}
     rates = {level["name"]: level["acceptance_rate"] for level in speculation.get("levels", [])}

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import DynamicCache, StaticCache
-from transformers.generation import BaseStreamer
+from transformers import Cache, DynamicCache, GenerationMixin, StaticCache
+from transformers.cache_utils import CacheLayerMixin
+from transformers.generation.streamers import BaseStreamer
 
 from conf.schema import SamplingConfig
-from launch.benchmark.contenders import WORKSPACE_BYTES, Cell, NotHereError, Segment, kv_bytes
+from launch.benchmark.contender import WORKSPACE_BYTES, Cell, NotHereError, Turn
+from launch.benchmark.shared_models import SharedModels
+from launch.command_line.timing import Stopwatch, now
 from workers.process.openmp import release_pool
 
 
 def sampling_options(config: SamplingConfig) -> dict[str, Any]:
-    """Arguments of generate for the same distribution."""
+    """Arguments of transformers' generate for the distribution that our engine draws from."""
     if config.is_greedy:
         return {"do_sample": False}
     plain = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
@@ -26,42 +28,46 @@ def sampling_options(config: SamplingConfig) -> dict[str, Any]:
 
 
 class ArrivalClock(BaseStreamer):
-    """When tokens arrive, and how many; the prompt, which arrives first, is left out."""
+    """A streamer that notes when tokens arrive, and how many; the prompt, which arrives first, is left out."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.arrivals: list[tuple[float, int]] = []
+        """Second of the clock, and number of tokens."""
         self._has_prompt = False
 
     def put(self, value: torch.Tensor) -> None:
+        """Takes token ids from generate."""
         if self._has_prompt:
-            self.arrivals.append((time.perf_counter(), value.numel()))
+            self.arrivals.append((now(), value.numel()))
         self._has_prompt = True
 
     def end(self) -> None:
-        pass
+        """The last token has arrived."""
 
 
 @dataclass(kw_only=True)
 class GeneratePeer:
-    """Decoding one token at a time; see launch.benchmark.contenders.Contender."""
+    """Decoding one token at a time; see launch.benchmark.contender.Contender."""
 
-    shared: Any
-    """See launch.benchmark.peers.SharedModels."""
-    make_cache: Callable[[GeneratePeer], Any]
+    shared: SharedModels
+    make_cache: Callable[[SharedModels], Cache]
     needs_cuda: bool = False
+    copies_prompt: bool = False
+    """The prompt is read into another cache, and copied from there."""
     _ids: list[int] = field(default_factory=list)
-    _cache: Any = None
+    """Prompt and continuation so far."""
+    _cache: Cache | None = None
 
     @property
     def cell(self) -> Cell:
+        """The task, which all contenders share."""
         return self.shared.cell
 
-    @property
-    def num_positions(self) -> int:
-        return len(self.cell.prompt) + self.cell.num_new_tokens
-
     def needed_bytes(self) -> int:
-        """A layer of its cache is copied for each token; the prompt passes through a layer as a whole."""
+        """Weights, cache and activations, about. Raises NotHereError.
+
+        A layer of its cache is copied for each token; the prompt passes through a layer as a whole.
+        """
         prepared = self.cell.prepared
         if self.needs_cuda and prepared.device.type != "cuda":
             raise NotHereError(f"needs a CUDA device; this run is on {prepared.device}")
@@ -69,67 +75,88 @@ class GeneratePeer:
         text_config = facts.config.get_text_config()
         widths = 4 * text_config.hidden_size + 3 * (getattr(text_config, "intermediate_size", None) or 0)
         activations = widths * facts.dtype.itemsize * len(self.cell.prompt)
-        kv = kv_bytes(prepared, self.num_positions)
-        return facts.num_weight_bytes + kv + 2 * kv // facts.cache_shape.num_layers + activations + WORKSPACE_BYTES
+        num_kv_bytes = self.cell.kv_bytes
+        num_copied_bytes = 2 * num_kv_bytes // facts.cache_shape.num_layers
+        return int(facts.num_weight_bytes + num_kv_bytes + num_copied_bytes + activations + WORKSPACE_BYTES)
 
     def load(self) -> None:
-        self._cache = self.make_cache(self)
+        """Makes the cache, and loads the model if no other peer has."""
+        self._cache = self.make_cache(self.shared)
 
     @torch.inference_mode()
     def start(self) -> list[int]:
-        """One plain forward pass; generate goes on with its cache."""
-        self._ids, model = list(self.cell.prompt), self.shared.target
+        """Reads the prompt by one plain forward pass, whose cache generate goes on with; returns the first token."""
+        self._ids = list(self.cell.prompt)
         torch.manual_seed(self.cell.seed)
-        # Read into directly, a static cache would want a mask of prompt x positions.
-        read = dynamic_cache(self) if isinstance(self._cache, StaticCache) else self._cache
         if len(self._ids) > 1:
-            ids = torch.tensor([self._ids[:-1]], device=model.device)
-            model(input_ids=ids, past_key_values=read, use_cache=True, logits_to_keep=1)
-        if read is not self._cache:
-            for index, layer in enumerate(read.layers):
-                self._cache.update(layer.keys, layer.values, index)
-                layer.keys = layer.values = None
+            self._read_prompt(self._ids[:-1])
         return self.decode(1).tokens
 
+    def _read_prompt(self, tokens: list[int]) -> None:
+        """Fills the cache by one plain forward pass."""
+        model, cache = self.shared.target, self._cache
+        assert cache is not None, "a contender is loaded before it takes part"
+        # Read into directly, a static cache would want a mask of prompt x positions.
+        read = dynamic_cache(self.shared) if self.copies_prompt else cache
+        ids = torch.tensor([tokens], device=model.device)
+        model(input_ids=ids, past_key_values=read, use_cache=True, logits_to_keep=1)
+        if self.copies_prompt:
+            for index, layer in enumerate(read.layers):
+                assert isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None
+                cache.update(layer.keys, layer.values, index)
+                layer.keys = layer.values = None
+
+    def decode(self, count: int) -> Turn:
+        """Generates `count` tokens. The first one's arrival starts the clock: what is set up before is not counted."""
+        clock = ArrivalClock()
+        tokens = self._generate(self._ids, count, clock)
+        self._ids += tokens
+        (began, num_first), (ended, _) = clock.arrivals[0], clock.arrivals[-1]
+        return Turn(tokens=tokens, num_timed=len(tokens) - num_first, seconds=ended - began)
+
     @torch.inference_mode()
-    def decode(self, count: int) -> Segment:
-        """The first token's arrival starts the clock: what is set up before it is not counted."""
-        clock, ids = ArrivalClock(), torch.tensor([self._ids], device=self.shared.target.device)
-        output = self.shared.target.generate(
+    def _generate(self, tokens: list[int], count: int, streamer: BaseStreamer, **options: Any) -> list[int]:
+        """The `count` tokens by which transformers' generate goes on from `tokens`; `options` are more arguments."""
+        model, ids = self.shared.target, torch.tensor([tokens], device=self.shared.target.device)
+        assert isinstance(model, GenerationMixin)
+        output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=self._cache,
             max_new_tokens=count,
-            streamer=clock,
+            streamer=streamer,
             **sampling_options(self.cell.config.sampling),
+            **options,
         )
-        tokens = output[0, len(self._ids) :].tolist()
-        self._ids += tokens
-        (began, num_first), (ended, _) = clock.arrivals[0], clock.arrivals[-1]
-        return Segment(tokens=tokens, num_timed=len(tokens) - num_first, seconds=ended - began)
+        assert isinstance(output, torch.Tensor)
+        new: list[int] = output[0, len(tokens) :].tolist()
+        return new
 
     def begin_counting(self) -> None:
-        pass
+        """Nothing is counted but what turns bring."""
 
     def facts(self) -> dict[str, Any]:
+        """None: generate tells nothing but its tokens."""
         return {}
 
     def close(self) -> None:
+        """Gives the cache back; models are shared."""
         self._cache = None
 
 
-def dynamic_cache(peer: GeneratePeer):
-    """The default of generate."""
-    return DynamicCache(config=peer.shared.target.config)
+def dynamic_cache(shared: SharedModels) -> Cache:
+    """The default of generate, which grows with each token."""
+    return DynamicCache(config=shared.target.config)
 
 
-def static_cache(peer: GeneratePeer):
-    return StaticCache(config=peer.shared.target.config, max_cache_len=peer.num_positions)
+def static_cache(shared: SharedModels) -> Cache:
+    """A cache with room for all positions from the start."""
+    return StaticCache(config=shared.target.config, max_cache_len=shared.cell.num_positions)
 
 
-def offloaded_cache(peer: GeneratePeer):
-    """Each layer's keys and values wait on the host for their turn."""
-    return DynamicCache(config=peer.shared.target.config, offloading=True)
+def offloaded_cache(shared: SharedModels) -> Cache:
+    """A cache whose layers wait on the host for their turn."""
+    return DynamicCache(config=shared.target.config, offloading=True)
 
 
 class NotWantedError(Exception):
@@ -137,16 +164,18 @@ class NotWantedError(Exception):
 
 
 class Gate(BaseStreamer):
-    """Lets a generation in another thread write so many tokens, then holds it up until more are wanted."""
+    """A streamer that holds up a generation in another thread while no more of its tokens are wanted."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.tokens: list[int] = []
+        """All new tokens so far."""
         self.is_over = False
         self._has_prompt = self._is_closed = False
         self._wanted = self._num_taken = 0
         self._changed = threading.Condition()
 
     def put(self, value: torch.Tensor) -> None:
+        """Takes token ids from generate; returns when more are wanted. Raises NotWantedError once it is closed."""
         if not self._has_prompt:
             self._has_prompt = True
             return
@@ -160,7 +189,7 @@ class Gate(BaseStreamer):
             raise NotWantedError
 
     def end(self) -> None:
-        pass
+        """The generation is at its end; `over` says so to whoever waits."""
 
     def over(self) -> None:
         """No more tokens will come."""
@@ -169,7 +198,10 @@ class Gate(BaseStreamer):
             self._changed.notify_all()
 
     def let_through(self, count: int) -> list[int]:
-        """Until `count` more are there. A round may bring more than that, and the next call waits for as many less."""
+        """The new tokens, when `count` more are there.
+
+        A round may bring more than that, and the next call waits for as many less.
+        """
         with self._changed:
             self._wanted += count
             self._changed.notify_all()
@@ -178,6 +210,7 @@ class Gate(BaseStreamer):
             return new
 
     def close(self) -> None:
+        """The generation ends with the next tokens it brings."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -185,47 +218,45 @@ class Gate(BaseStreamer):
 
 @dataclass(kw_only=True)
 class SpeculatingPeer(GeneratePeer):
-    """Assisted generation and prompt lookup, which cannot go on with a cache that is filled already: so it is one
-    generation, in a thread of its own, held up between turns. `options(shared)` are its arguments."""
+    """Assisted generation and prompt lookup, which cannot go on with a cache that is filled already.
 
-    options: Callable[[Any], dict[str, Any]]
+    So it is one generation, in a thread of its own, held up between turns.
+    """
+
+    options: Callable[[SharedModels], dict[str, Any]]
+    """Arguments of generate that make it speculate."""
     needs_drafter: bool = False
     _gate: Gate = field(default_factory=Gate)
     _thread: threading.Thread | None = None
     _error: BaseException | None = None
 
     def needed_bytes(self) -> int:
+        """The bytes of plain generation, and of the assistant where there is one. Raises NotHereError."""
         drafter, num_bytes = self.cell.prepared.drafter, super().needed_bytes()
         if not self.needs_drafter:
             return num_bytes
         if drafter is None:
             raise NotHereError("needs a drafter model: set model.drafter to one")
-        return num_bytes + drafter.num_weight_bytes + drafter.cache_shape.bytes_per_token * self.num_positions
+        return num_bytes + drafter.num_weight_bytes + drafter.cache_shape.bytes_per_token * self.cell.num_positions
 
     def load(self) -> None:
+        """Makes the cache, and loads the models if no other peer has."""
         super().load()
         self.options(self.shared)  # an assistant is loaded by being asked for
 
     def start(self) -> list[int]:
+        """Starts the generation; returns the first tokens."""
         torch.manual_seed(self.cell.seed)
-        self._thread = threading.Thread(target=self._generate, args=(torch.get_num_threads(),), daemon=True)
+        self._thread = threading.Thread(target=self._generate_all, args=(torch.get_num_threads(),), daemon=True)
         self._thread.start()
         return self.decode(1).tokens
 
-    def _generate(self, num_threads: int) -> None:
+    def _generate_all(self, num_threads: int) -> None:
+        """Runs in the thread, with the number of threads of the one that made it."""
         try:
             torch.set_num_threads(num_threads)
-            ids = torch.tensor([self.cell.prompt], device=self.shared.target.device)
-            with torch.inference_mode():
-                self.shared.target.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    past_key_values=self._cache,
-                    max_new_tokens=self.cell.num_new_tokens,
-                    streamer=self._gate,
-                    **sampling_options(self.cell.config.sampling),
-                    **self.options(self.shared),
-                )
+            options = self.options(self.shared)
+            self._generate(self.cell.prompt, self.cell.num_new_tokens, self._gate, **options)
         except NotWantedError:
             pass
         except BaseException as error:
@@ -233,16 +264,17 @@ class SpeculatingPeer(GeneratePeer):
         finally:
             self._gate.over()
 
-    def decode(self, count: int) -> Segment:
+    def decode(self, count: int) -> Turn:
+        """Lets the generation go on for `count` tokens. Raises what has failed in its thread."""
         release_pool()  # two pools would slow down the one that computes
-        began = time.perf_counter()
-        tokens = self._gate.let_through(count)
-        seconds = time.perf_counter() - began
+        with Stopwatch() as watch:
+            tokens = self._gate.let_through(count)
         if self._error is not None:
             raise self._error
-        return Segment(tokens=tokens, num_timed=len(tokens), seconds=seconds)
+        return Turn(tokens=tokens, num_timed=len(tokens), seconds=watch.seconds)
 
     def close(self) -> None:
+        """Ends the generation and its thread."""
         self._gate.close()
         if self._thread is not None:
             self._thread.join()

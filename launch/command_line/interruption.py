@@ -1,4 +1,4 @@
-"""What Ctrl-C and SIGTERM do to a run."""
+"""Ctrl-C and SIGTERM: how they end a run in good order."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from types import FrameType
 
 
 class Interruption:
-    """Ctrl-C and SIGTERM: the first one ends the run in good order, a later one at once.
+    """Handles signals within its `with`: the first one ends the run in good order, a later one at once.
 
     While a round is decoded the first is only noted, so that the session stays whole; elsewhere it raises
-    KeyboardInterrupt. torchrun passes a Ctrl-C on to a process that had it already: an echo is no second one.
-    A round that waits for other processes may be left, too, when it takes longer than torchrun's patience.
+    KeyboardInterrupt. A round that waits for other processes may be left, too, when it takes too long.
     """
 
     ECHO_SECONDS = 2.0
+    """Time within which a second signal is the first one's echo: torchrun passes on a Ctrl-C that we had already."""
     PATIENCE_SECONDS = 15.0
-    """torchrun kills after 30."""
+    """How long a round may take after the first signal; torchrun kills after 30."""
 
     def __init__(self) -> None:
-        self.is_requested = self.is_deferred = False
+        self.is_requested = False
+        """The run is to end; whoever decodes looks here after each round."""
+        self.is_deferred = False
+        """The first signal is only noted; set by whoever looks at `is_requested`."""
         self._first_at = 0.0
 
     def __enter__(self) -> Interruption:

@@ -14,10 +14,12 @@ import torch
 from tiers.planning.memory import host_free_bytes
 
 CPU_INFO = Path("/proc/cpuinfo")
+NVIDIA_SMI_SECONDS = 10.0
+"""A driver that hangs must not hold up a measurement for longer."""
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """JSON types; what cannot be found out is null."""
+    """System, processor, memory, threads and GPU, in JSON types; null for what cannot be found out."""
     return {
         "system": platform.platform(),
         "cpu": cpu_model(),
@@ -33,6 +35,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_model() -> str | None:
+    """The processor's name, as its vendor calls it."""
     try:
         lines = CPU_INFO.read_text().splitlines()
     except OSError:
@@ -42,19 +45,30 @@ def cpu_model() -> str | None:
 
 
 def describe_gpu(device: torch.device) -> dict[str, Any]:
+    """The card, its driver and its link to the host; null where nvidia-smi does not say."""
     properties = torch.cuda.get_device_properties(device)
+    driver, generation, lanes = query_nvidia_smi("driver_version", "pcie.link.gen.current", "pcie.link.width.current")
     return {
         "name": properties.name,
         "memory_bytes": properties.total_memory,
-        "driver": driver_version(),
+        "driver": driver,
+        "pcie_generation": generation,
+        "pcie_lanes": lanes,
         "cuda": torch.version.cuda,
     }
 
 
-def driver_version() -> str | None:
+def query_nvidia_smi(*fields: str) -> list[str | None]:
+    """The values of these fields for the first card, as nvidia-smi writes them; None for each where it cannot tell."""
     program = shutil.which("nvidia-smi")
+    unknown: list[str | None] = [None] * len(fields)
     if program is None:
-        return None
-    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return (result.stdout.splitlines() or [None])[0]
+        return unknown
+    command = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=NVIDIA_SMI_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return unknown
+    first = next(iter(result.stdout.splitlines()), "")
+    values = [value.strip() or None for value in first.split(",")]
+    return values if len(values) == len(fields) else unknown

@@ -9,15 +9,16 @@ from enum import IntEnum
 from pathlib import Path
 
 from conf.schema import ConfigError
-from orchestrator.crew import RunFailedError
+from orchestrator.calls import RunFailedError
+from orchestrator.placement import DRAFTER_ROLE, RETRIEVER_ROLE, VERIFIER_ROLE
 
 FAILURE_LOG = "failure.log"
 """File in a run's folder with the traceback of its failure."""
 ROLE_OF_FILE = {
-    "drafter.py": "drafter",
-    "lookup_drafter.py": "drafter",
-    "retrieval_drafter.py": "retriever",
-    "target_verifier.py": "verifier",
+    "drafter.py": DRAFTER_ROLE,
+    "lookup_drafter.py": DRAFTER_ROLE,
+    "retrieval_drafter.py": RETRIEVER_ROLE,
+    "target_verifier.py": VERIFIER_ROLE,
 }
 """Role that the code of a file in workers/ belongs to, for the message of a failure; all else is the orchestrator's."""
 
@@ -63,7 +64,7 @@ def write_traceback(error: Exception, path: Path) -> str:
 
 
 def role_of(error: BaseException) -> str:
-    """The role whose code the error came through."""
+    """Name of the role whose code the error came through; else `orchestrator`."""
     for frame in traceback.extract_tb(error.__traceback__):
         path = Path(frame.filename)
         if path.parent.name == "workers" and path.name in ROLE_OF_FILE:

@@ -18,10 +18,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.schema import AUTO, ConfigError, RunConfig
+from conf.schema import AUTO, ConfigError, PlacementConfig, RunConfig
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "conf"
 GROUPS = ("model", "placement")
@@ -39,9 +39,27 @@ def read_config(overrides: list[str]) -> RunConfig:
         check_override(override)
     try:
         with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-            return OmegaConf.to_object(hydra.compose("run", overrides=overrides))
+            return to_config(hydra.compose("run", overrides=overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise explained(error, parsed) from None
+
+
+def to_config(composed: DictConfig) -> RunConfig:
+    """The configuration that Hydra composed, as an object that has checked itself. Raises ConfigError."""
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, RunConfig), f"conf/run.yaml is composed to {type(config).__name__}"
+    return config
+
+
+def start_timeout_s(overrides: list[str]) -> float:
+    """Seconds in which a rank other than the orchestrator's looks for it.
+
+    That is all there is to know there; what is wrong with the overrides is said by the orchestrator.
+    """
+    try:
+        return read_config([item for item in overrides if not item.startswith("-")]).placement.start_timeout_s
+    except ConfigError:
+        return PlacementConfig().start_timeout_s
 
 
 def compose_program(name: str, overrides: list[str], keys: str) -> Any:

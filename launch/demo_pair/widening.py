@@ -1,4 +1,4 @@
-"""A Llama checkpoint in the shape of a larger one, computing the same function: the algebra of launch/widen.py.
+"""A Llama checkpoint in the shape of a larger one, computing the same function: the algebra of widened checkpoints.
 
 The wide model's first channels, heads and layers are the small model's; whatever else it has adds exact zeros:
 
@@ -30,14 +30,14 @@ from conf.model_shapes import ModelShape
 from conf.schema import ConfigError, require
 
 LOWEST_LOGIT = -(2.0**30)
-"""Of a padded token, divided by the root mean square of the last hidden state."""
+"""A padded token's logit, divided by the root mean square of the last hidden state."""
 NOISE_STD = 0.02
 NOISE_VALUES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """`small` [r, c] goes to rows from `row` and columns from `column` on."""
+class PlacedWeight:
+    """A piece of the small model's weights [r, c], and the row and column of the wide weight that it begins at."""
 
     row: int
     column: int
@@ -86,7 +86,7 @@ class Widening:
             self.eps -= self._constant**2 / wide.hidden_size
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
-        """Of every weight, in the order of the model."""
+        """The shape of every weight, in the order of the model."""
         wide = self._wide
         hidden, mlp, dim = wide.hidden_size, wide.intermediate_size, wide.head_dim
         q, kv = wide.num_heads * dim, wide.num_kv_heads * dim
@@ -111,7 +111,7 @@ class Widening:
 
     @staticmethod
     def is_free(name: str) -> bool:
-        """What this weight has beyond the small model's does not matter: zeros follow."""
+        """Whether it does not matter what this weight has beyond the small model's: zeros follow."""
         return name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight"))
 
     def fill(self, name: str, out: torch.Tensor, noise: torch.Tensor | None) -> None:
@@ -139,7 +139,7 @@ class Widening:
 
     @torch.no_grad()
     def fill_with_noise(self, model: torch.nn.Module) -> None:
-        """Of a wide model that was loaded, with zeros, to any device: the weights that are free."""
+        """Fills the weights that are free, of a wide model that was loaded with zeros, on any device."""
         noise = None
         for name, parameter in model.named_parameters():
             if self.is_free(name):
@@ -153,28 +153,28 @@ class Widening:
         if self._pads_vocabulary and name == "model.norm.weight":
             out[channels] = 1.0
 
-    def _parts(self, name: str) -> list[Part]:
-        """Where the small model's weights go."""
+    def _parts(self, name: str) -> list[PlacedWeight]:
+        """The small model's weights that go into this weight, and where."""
         weight = self._weights.get(name)
         if name == "lm_head.weight" and weight is None:
             weight = self._weights["model.embed_tokens.weight"]
         if weight is None:
             return []
         if "q_proj" in name or "o_proj" in name:
-            heads = weight.split(self._wide.head_dim, dim=int("o_proj" in name))
+            heads = torch.split(weight, self._wide.head_dim, dim=int("o_proj" in name))
             starts = [self._query_head(head) * self._wide.head_dim for head in range(len(heads))]
             places = [(0, start) if "o_proj" in name else (start, 0) for start in starts]
-            return [Part(*place, head) for place, head in zip(places, heads, strict=True)]
-        return [Part(0, 0, weight)]
+            return [PlacedWeight(*place, head) for place, head in zip(places, heads, strict=True)]
+        return [PlacedWeight(0, 0, weight)]
 
     def _query_head(self, head: int) -> int:
-        """Where a query head of the small model is in the wide one: in the group of the same kv head."""
+        """Index in the wide model of a query head of the small one: it is in the group of the same kv head."""
         small_group = self._small.num_heads // self._small.num_kv_heads
         group = self._wide.num_heads // self._wide.num_kv_heads
         return head // small_group * group + head % small_group
 
 
 def make_noise(dtype: torch.dtype) -> torch.Tensor:
-    """Of the size that weights usually have; the same at every call."""
+    """A vector of values as large as weights usually are; the same at every call."""
     generator = torch.Generator().manual_seed(0)
     return (NOISE_STD * torch.randn(NOISE_VALUES, generator=generator)).to(dtype)

@@ -6,20 +6,23 @@ and with it what is accepted, which repetitions even out.
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from conf.schema import CudaGraphs, RunConfig
-from launch.assembly.engine import Prepared, make_hierarchy, make_session, memory_plan, memory_shortage_as_config_error
+from launch.assembly.engine import make_hierarchy, memory_plan, memory_shortage_as_config_error
+from launch.assembly.prepare import Prepared
 from launch.assembly.role_builder import RoleBuilder
-from orchestrator.hierarchy import Round
+from launch.assembly.task import Task
+from launch.command_line.timing import now
+from orchestrator.round import Round
+from workers.attention.forward_pass import NOBODY
 from workers.messages import Draft
-from workers.models.cached_models import CausalModel
+from workers.models.causal_model import CausalModel
 
 WARM_UP_ROUNDS, FIRST_ROUNDS = 1, 3
-"""Not counted; the first ones of a way record its graphs."""
+"""Rounds that are not counted; the first ones of a way record its graphs."""
 
 
 @dataclass(kw_only=True)
@@ -30,18 +33,23 @@ class Sample:
     num_rounds: int = 0
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
-    """Seconds by phase, as a round has them."""
+    """Seconds by phase, named as in a round."""
     num_proposed: int = 0
     num_accepted: int = 0
     gb_per_s: float | None = None
-    """Of the stream."""
+    """Rate of the stream of blocks; None where nothing was streamed."""
+
+    @property
+    def seconds_per_token(self) -> float:
+        return self.seconds / self.num_tokens
 
     @property
     def acceptance(self) -> float | None:
-        """Of proposed tokens, by the target."""
+        """Share of the proposed tokens that the target accepted; None where none were proposed."""
         return self.num_accepted / self.num_proposed if self.num_proposed else None
 
     def add(self, record: Round, seconds: float) -> None:
+        """Counts a round that took so many seconds."""
         self.num_tokens += len(record.tokens)
         self.num_rounds += 1
         self.seconds += seconds
@@ -52,7 +60,10 @@ class Sample:
 
 
 class LevelsInTurns:
-    """All levels of `config`, made for its gamma2 as the largest. `target` are weights that are loaded already."""
+    """All levels of `config`, whose gamma2 is the largest there will be.
+
+    `target`, if given, are weights that are loaded already. Raises ConfigError where memory is short.
+    """
 
     def __init__(
         self,
@@ -63,19 +74,17 @@ class LevelsInTurns:
         max_new_tokens: int,
     ):
         config = replace(config, decoding=replace(config.decoding, cuda_graphs=CudaGraphs.on))
-        self.plan = memory_plan(config, prepared, len(prompt) + max_new_tokens, max_new_tokens)
+        seed = config.sampling.seed or 0
+        task = Task(config=config, prepared=prepared, prompt_ids=prompt, max_new_tokens=max_new_tokens, seed=seed)
+        self.plan = memory_plan(task)
         self._device = prepared.device
         self._warm: set[tuple[int, bool]] = set()
         with memory_shortage_as_config_error(config):
-            seed = config.sampling.seed or 0
-            self._builder = RoleBuilder(
-                config, prepared.target, prepared.device, self.plan, seed=seed, max_new_tokens=max_new_tokens
-            )
+            self._builder = RoleBuilder(config, prepared.target, prepared.device, self.plan, seed=seed)
             self.target = target or self._builder.load_target()
             self._verifier, self._target_model = self._builder.verifier(self.target)
             self._hierarchy = make_hierarchy(
-                config,
-                make_session(config, prepared, prompt, max_new_tokens),
+                task,
                 verifier=self._verifier,
                 retriever=self._builder.retriever(self.target),
                 drafter=self._builder.drafter(prepared.drafter, self.target.vocab_size),
@@ -86,7 +95,7 @@ class LevelsInTurns:
         self._hierarchy.start()
 
     def triforce(self, num_tokens: int, *, gamma2: int, graphs: bool) -> Sample:
-        """At least so many tokens in whole rounds, after those that warm up."""
+        """Decodes at least `num_tokens` in whole rounds, after rounds that warm up."""
         self._hierarchy.gamma2 = gamma2
         for recorded in self._builder.recorded:
             recorded.is_on = graphs
@@ -95,29 +104,45 @@ class LevelsInTurns:
         self._warm.add((gamma2, graphs))
         sample, before = Sample(), self._streamed()
         while sample.num_tokens < num_tokens:
-            began = self._now()
+            began = now(self._device)
             record = self._hierarchy.round()
-            sample.add(record, self._now() - began)
+            sample.add(record, now(self._device) - began)
         assert not self._hierarchy.session.is_finished, "the measurement used up its tokens"
         return self._with_stream(sample, before)
 
     def autoregressive(self, num_tokens: int) -> Sample:
-        """So many tokens, after one that warms up; then the other levels catch up, which does not count."""
+        """Decodes `num_tokens`, after one that warms up; then the other levels catch up, which is not counted."""
         tokens: list[int] = []
-        with self._target_model.alone():
+        with self._without_retrieval():
             tokens += self._verify_one()
             sample, before = Sample(num_rounds=num_tokens, num_tokens=num_tokens), self._streamed()
-            began = self._now()
+            began = now(self._device)
             for _ in range(num_tokens):
                 tokens += self._verify_one()
-            sample.seconds = self._now() - began
+            sample.seconds = now(self._device) - began
         self._with_stream(sample, before)
         sample.phases["verify"] = sample.seconds
         for role in (self._hierarchy.retriever, self._hierarchy.drafter):
+            assert role is not None, "a run of triforce has all levels"
             role.commit(tokens)
         self._hierarchy.gamma2 = 0
         self._hierarchy.round()
         return sample
+
+    @contextmanager
+    def _without_retrieval(self) -> Iterator[None]:
+        """Within it, passes are those of a target without a retrieval level: a baseline on the same cache.
+
+        The retrieval level is to follow, not to be rebuilt, with the first pass afterwards.
+        """
+        target = self._target_model
+        observers, target.observers = target.observers, NOBODY
+        assert self._builder.full_cache is not None
+        self._builder.full_cache.drop_collections()
+        try:
+            yield
+        finally:
+            target.observers = observers
 
     def _verify_one(self) -> list[int]:
         verdict = self._verifier.verify(Draft())
@@ -126,21 +151,15 @@ class LevelsInTurns:
         return tokens
 
     def _streamed(self) -> tuple[float, float]:
-        """Bytes and seconds so far."""
+        """Bytes streamed so far, and the seconds that took."""
         report = self._builder.streaming_report()
-        return report["bytes"], report["seconds"]
+        return report["bytes"] or 0.0, report["seconds"] or 0.0
 
     def _with_stream(self, sample: Sample, before: tuple[float, float]) -> Sample:
-        num_bytes, seconds = (now - then for now, then in zip(self._streamed(), before, strict=True))
+        num_bytes, seconds = (after - then for after, then in zip(self._streamed(), before, strict=True))
         if seconds > 0:
             sample.gb_per_s = num_bytes / seconds / 1e9
         return sample
-
-    def _now(self) -> float:
-        """When all that was queued is done."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
 
     def close(self) -> None:
         """Gives the memory of all caches back, as far as nobody else refers to them."""

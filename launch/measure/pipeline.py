@@ -7,140 +7,184 @@ overlap         what drafting during verifications brings, on an emulated link: 
                 in processes of their own, or inline (N of 1) in threads
 
 Processes start once and make all runs. Ratios of runs beside each other mean something on a machine with nothing else
-to do; each process computes with one thread.
+to do; each process computes with one thread. Keys: conf/schema.py. Exit codes: 0 measured; 2 a bad
+configuration; 130 interrupted.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from conf.schema import ConfigError, Coupling, Overlap, PlacementKind, RunConfig, require
-from launch import run
+from launch.assembly.session_run import make_seed
 from launch.assembly.start_checks import check_start, world_size
-from launch.command_line.outcome import ExitCode, refuse
-from launch.command_line.overrides import read_config
+from launch.command_line.outcome import ExitCode
+from launch.command_line.overrides import read_config, start_timeout_s
+from launch.command_line.program import program
+from launch.command_line.tables import markdown_head, markdown_row
+from launch.command_line.timing import Stopwatch
+from launch.processes.guard import Guard
 from orchestrator.metrics import Metrics
 from orchestrator.placement import place
+
+if TYPE_CHECKING:
+    from launch.assembly.engine import Engine
+    from launch.assembly.task import Task
 
 ALWAYS = ["generation.ignore_eos=true", "placement.threads=1", "prompt.max_tokens=8192", "generation.max_new_tokens=96"]
 VERIFICATION = ["decoding.mode=retrieval", "cache.full.tier=device"]
 OVERLAP = ["cache.full.tier=host", "decoding.gamma2=12"]
 LINKS_GB_PER_S = (2.0, 0.5)
 ACCEPTANCES = (["cache.retrieval.budget=1024"], ["cache.retrieval.budget=128", "sampling.temperature=1"])
-"""A retrieval cache that is nearly always right, and one that is not."""
+"""Overrides of a retrieval cache that is nearly always right, and of one that is not."""
+VERIFICATION_HEADS = ("placement", "verifier ranks", "a verification", "tokens per verification", "TBT")
+OVERLAP_HEADS = (
+    *("coupling", "link", "a verification / a step", "accepted", "off"),
+    *("ahead: TBT, gain, hits", "outcomes: TBT, gain, hits"),
+)
 
-Build = Callable[..., Any]
-"""As launch.assembly.engine.build."""
+Build: TypeAlias = Callable[["Task"], "Engine"]
+"""A function like launch.assembly.engine.build."""
 
 
 @contextmanager
 def builder(config: RunConfig) -> Iterator[Build]:
     """Builds runs one after another, in this process or in those of torchrun."""
-    from launch.assembly import engine
+    from launch.assembly.engine import build
     from launch.processes.company import Company
+    from launch.processes.remote_engine import build_remote
 
     placement = place(config.placement, world_size())
     if placement.kind is PlacementKind.inline:
-        yield engine.build
+        yield build
         return
     company = Company(config, placement, lambda line: print(line, file=sys.stderr))
     company.start()
     try:
-        yield company.build
+        yield partial(build_remote, company=company)
     finally:
         company.close()
 
 
 def measured(build: Build, overrides: list[str]) -> Metrics:
-    """One run."""
-    from launch.assembly.engine import prepare
+    """Makes one run, to its end."""
+    from launch.assembly.prepare import prepare
+    from launch.assembly.task import Task
     from launch.prompts.prompt import read_prompt
 
     config = read_config([*ALWAYS, *overrides])
     prepared = prepare(config)
     prompt = read_prompt(config.prompt, prepared.tokenizer)
     metrics = Metrics(uses_drafter=config.uses_drafter, uses_retrieval=config.uses_retrieval)
-    engine = build(config, prepared, prompt, config.generation.max_new_tokens, config.sampling.seed)
-    with closing(engine):
+    task = Task(
+        config=config,
+        prepared=prepared,
+        prompt_ids=prompt,
+        max_new_tokens=config.generation.max_new_tokens,
+        seed=make_seed(config),
+    )
+    with closing(build(task)) as engine:
         hierarchy = engine.hierarchy
         advance = hierarchy.start
         while not hierarchy.session.is_finished:
-            began = time.perf_counter()
-            round_ = advance()
-            metrics.add(round_, time.perf_counter() - began)
+            with Stopwatch() as watch:
+                round_ = advance()
+            metrics.add(round_, watch.seconds)
             advance = hierarchy.round
     return metrics
 
 
 def verification(build: Build, overrides: list[str]) -> Iterator[str]:
-    """The rows of the table, the first of them its head."""
+    """The head of the table, then its rows."""
     placement = place(read_config(overrides).placement, world_size())
-    yield "| placement | verifier ranks | a verification | tokens per verification | TBT |"
-    yield "|---|---|---|---|---|"
+    yield markdown_head(VERIFICATION_HEADS)
     for _ in range(3):
         metrics = measured(build, [*VERIFICATION, *overrides])
         milliseconds = 1e3 * metrics.phase_seconds["verify"] / metrics.verifications
-        yield (
-            f"| {placement.kind} | {placement.tensor_parallel} | {milliseconds:.1f} ms "
-            f"| {metrics.tokens_per_verification:.2f} | {1e3 * metrics.tbt_mean_s:.1f} ms |"
+        yield markdown_row(
+            [
+                placement.kind,
+                str(placement.tensor_parallel),
+                f"{milliseconds:.1f} ms",
+                f"{metrics.tokens_per_verification:.2f}",
+                f"{_tbt_ms(metrics):.1f} ms",
+            ]
         )
 
 
-def overlap(build: Build, overrides: list[str]) -> Iterator[str]:
-    """See `verification`. A step drafts γ1 tokens and has them verified by the retrieval draft."""
+def overlap(
+    build: Build,
+    overrides: list[str],
+    links: Sequence[float] = LINKS_GB_PER_S,
+    acceptances: Sequence[list[str]] = ACCEPTANCES,
+) -> Iterator[str]:
+    """The head of the table, then its rows, for each coupling, acceptance and speed of the link.
+
+    A step drafts γ1 tokens and has them verified by the retrieval draft. Raises ConfigError.
+    """
     config = read_config(overrides)
     require(
         config.uses_retrieval, "decoding.mode", str(config.decoding.mode), "triforce or retrieval, which draft in steps"
     )
-    yield (
-        "| coupling | link | a verification / a step | accepted | off | ahead: TBT, gain, hits "
-        "| outcomes: TBT, gain, hits |"
-    )
-    yield "|---|---|---|---|---|---|---|"
-    for coupling, acceptance, link in product(Coupling, ACCEPTANCES, LINKS_GB_PER_S):
+    yield markdown_head(OVERLAP_HEADS)
+    for coupling, acceptance, link in product(Coupling, acceptances, links):
         settings = [*OVERLAP, *acceptance, f"sampling.coupling={coupling}", f"tiers.link.gb_per_s={link}"]
         runs = {each: measured(build, [*settings, f"decoding.overlap={each}", *overrides]) for each in Overlap}
-        yield _overlap_row(f"{coupling} | {link:g} GB/s", runs)
+        yield markdown_row([coupling, f"{link:g} GB/s", *_overlap_cells(runs)])
 
 
-def _overlap_row(what: str, runs: dict[Overlap, Metrics]) -> str:
+def _overlap_cells(runs: dict[Overlap, Metrics]) -> list[str]:
     off = runs[Overlap.off]
     drafting = off.phase_seconds.get("draft", 0.0) + off.phase_seconds.get("retrieval", 0.0)
     num_steps = max(1, off.num_inner_steps)
     ratio = off.phase_seconds["verify"] / off.verifications / (drafting / num_steps)
-    cells = [f"{ratio:.0f}", f"{off.levels[-1].acceptance_rate:.2f}", f"{1e3 * off.tbt_mean_s:.1f} ms"]
+    cells = [f"{ratio:.0f}", f"{off.levels[-1].acceptance_rate:.2f}", f"{_tbt_ms(off):.1f} ms"]
     for each in (Overlap.ahead, Overlap.outcomes):
         metrics = runs[each]
-        gain, hits = off.tbt_mean_s / metrics.tbt_mean_s, metrics.ahead.to_plain()["hit_rate"]
-        cells.append(f"{1e3 * metrics.tbt_mean_s:.1f} ms, {gain:.2f}x, {hits:.0%}")
-    return f"| {what} | {' | '.join(cells)} |"
+        assert metrics.ahead is not None
+        gain, hits = _tbt_ms(off) / _tbt_ms(metrics), metrics.ahead.to_plain()["hit_rate"]
+        cells.append(f"{_tbt_ms(metrics):.1f} ms, {gain:.2f}x, {hits:.0%}")
+    return cells
 
 
-TABLES = {"verification": verification, "overlap": overlap}
+def _tbt_ms(metrics: Metrics) -> float:
+    """Mean milliseconds between tokens."""
+    assert metrics.tbt_mean_s is not None, "each run generates more than one token"
+    return 1e3 * metrics.tbt_mean_s
 
 
+Table: TypeAlias = Callable[[Build, list[str]], Iterator[str]]
+TABLES: dict[str, Table] = {"verification": verification, "overlap": overlap}
+
+
+def measure(argv: list[str], tables: Mapping[str, Table] = TABLES) -> None:
+    """Prints the table that the first argument names, row by row. Raises ConfigError."""
+    name, *overrides = argv or [""]
+    if name not in tables:
+        raise ConfigError(f"the first argument is {name!r}; it must be one of {', '.join(tables)}")
+    config = read_config([*ALWAYS, *overrides])
+    check_start(config)
+    with builder(config) as build:
+        for row in tables[name](build, overrides):
+            print(row, flush=True)
+
+
+@program
 def main(argv: list[str]) -> int:
     if os.environ.get("RANK", "0") != "0":
-        return run.main([])
-    try:
-        name, *overrides = argv or [""]
-        if name not in TABLES:
-            raise ConfigError(f"the first argument is {name!r}; it must be one of {', '.join(TABLES)}")
-        config = read_config([*ALWAYS, *overrides])
-        check_start(config)
-        with builder(config) as build:
-            for row in TABLES[name](build, overrides):
-                print(row, flush=True)
-    except ConfigError as error:
-        return refuse(error)
+        return Guard(start_timeout_s([])).run()
+    if {"--help", "-h"} & set(argv):
+        print(__doc__)
+        return ExitCode.done
+    measure(argv)
     return ExitCode.done
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

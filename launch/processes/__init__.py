@@ -1,1 +1,1 @@
-"""A run over several processes: who starts them, guards them and tells them what to be."""
+"""One run, in this process or over several: who starts them, guards them and tells them what to be."""

@@ -27,12 +27,12 @@ PR_SET_PDEATHSIG = 1
 
 
 def is_available(environment: Mapping[str, str]) -> bool:
-    """A daemon listens where a process of this environment looks for it."""
+    """Whether a daemon listens where a process of this environment looks for it."""
     return Path(environment.get(PIPE_FOLDER, DEFAULT_PIPE_FOLDER), "control").exists()
 
 
 def num_devices(environment: Mapping[str, str], devices: Path = Path("/dev")) -> int:
-    """CUDA devices that a process of this environment may see; asks no driver."""
+    """Number of CUDA devices that a process of this environment may see; asks no driver."""
     present = sum(path.name.removeprefix("nvidia").isdigit() for path in devices.glob("nvidia*"))
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
@@ -42,23 +42,28 @@ def num_devices(environment: Mapping[str, str], devices: Path = Path("/dev")) ->
 
 
 def num_workers(environment: Mapping[str, str]) -> int:
-    """Of a pipeline on this node: of the first node's processes one is the orchestrator, which uses no device."""
+    """Number of a pipeline's workers on this node.
+
+    Of the first node's processes one is the orchestrator, which uses no device.
+    """
     is_first = environment.get("GROUP_RANK", "0") == "0"
     return int(environment.get("LOCAL_WORLD_SIZE", "1")) - is_first
 
 
-class Service:
-    """Of one run on one node, whose guards all make one."""
+class MpsService:
+    """The MPS of one run on one node, as one guard sees it: the first guard that joins starts the control daemon."""
 
     def __init__(self, environment: Mapping[str, str]):
         self._environment = environment
         self._folder: Path | None = None
         self._lock: TextIO | None = None
-        self._daemon: subprocess.Popen | None = None
+        self._daemon: subprocess.Popen[bytes] | None = None
 
     def join(self) -> dict[str, str]:
-        """What a worker's environment must have to be its client; starts it if need be. Nothing where there is no use
-        for it, where it cannot be had, or where the user's own is there."""
+        """What a worker's environment must have for the worker to be a client; starts the daemon if need be.
+
+        Nothing where there is no use for the service, where it cannot be had, or where the user's own is there.
+        """
         devices = num_devices(self._environment)
         if not 0 < devices < num_workers(self._environment) or is_available(self._environment):
             return {}
@@ -103,6 +108,7 @@ class Service:
     def close(self) -> None:
         """Ends the daemon, if this guard started it."""
         if self._daemon is not None:
+            assert self._folder is not None, "the daemon was started in a folder"
             self._daemon.terminate()
             try:
                 self._daemon.wait(START_SECONDS)

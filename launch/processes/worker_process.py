@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -16,75 +17,49 @@ from typing import Any
 import msgspec
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore  # torch.distributed does not export it by name
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from conf.schema import RunConfig
+from conf.schema import LOOKUP_DRAFTER, RunConfig
 from launch.assembly.engine import memory_shortage_as_config_error
+from launch.assembly.prepare import DTYPES
 from launch.assembly.role_builder import RoleBuilder
 from launch.processes import mps
+from launch.processes.assignment import RETRIEVAL_CACHE, WEIGHTS, Assignment
 from launch.processes.guard import ENDPOINTS, FOUND_NOBODY, PIPE, STACKS_SIGNAL, START_TIMEOUT, same_host
 from launch.processes.rendezvous import wait_for_endpoints
 from orchestrator.placement import DRAFTER_ROLE, RETRIEVER_ROLE, VERIFIER_ROLE
 from tiers.planning.memory import device_free_bytes, disk_free_bytes, host_free_bytes
-from tiers.planning.plan import RETRIEVAL_PARTS, MemoryPlan
+from tiers.planning.parts import RETRIEVAL_PARTS
 from tiers.shared_memory import AttachedPart, SharedArena
-from workers.models.cached_models import CausalModel, RetrievalModel, SharedRetrievalModel
-from workers.models.pretrained import describe
+from workers.messages import UpdateNotice
+from workers.models.causal_model import CausalModel
+from workers.models.facts import describe
+from workers.models.retrieval_model import ReceivingRetrievalModel, SharedRetrievalModel
 from workers.models.shared_weights import SharedWeights
 from workers.parallel.collectives import ByThread, GroupAllReduce, SharedMemoryAllReduce, has_ordered_stores
-from workers.parallel.shard import WHOLE, Shard, own_heads
+from workers.parallel.shard import WHOLE, Heads, Shard, own_heads
 from workers.parallel.tensor_parallel import AllReduce, pooled_scores
 from workers.process.channel import Endpoints, Line, PingListener
 from workers.process.update_path import (
     Carried,
     Carrying,
-    FromItsMemory,
     IntoItsMemory,
-    PublishingVerifier,
-    ReceivingRetriever,
     SameProcess,
+    UpdatePath,
 )
-from workers.process.worker import Worker
+from workers.process.worker import RoleSet, Worker
+from workers.retrieval_drafter import RetrievalDrafter
 
 logger = logging.getLogger(__name__)
+Build = Callable[[dict[str, Any], dict[str, Any]], RoleSet]
 
 SHARDED = (VERIFIER_ROLE, RETRIEVER_ROLE)
-RETRIEVAL_CACHE, WEIGHTS = "retrieval_cache", "weights"
-"""Names of what processes share; see workers.messages.Built."""
+"""Roles that compute with the target's weights, of which several ranks have a part each."""
 
 
-class Assignment(msgspec.Struct, kw_only=True):
-    """What the orchestrator tells a process to be."""
-
-    rank: int
-    roles: list[str]
-    device: str
-    dtype: str
-    num_threads: int
-    seed: int
-    max_new_tokens: int
-    plan: MemoryPlan
-    shard_rank: int = 0
-    shard_size: int = 1
-    group: str = ""
-    """A name that the ranks of a sharded model, and nobody else, have in common."""
-    store: tuple[str, int] | None = None
-    """Host and port where they find each other."""
-    same_host: bool = True
-    """All of them are on one machine."""
-    start_timeout_s: float = 600.0
-    stall_timeout_s: float = 60.0
-    update_path: str = "same_process"
-    """same_process, shared_memory or carried; see workers.process.update_path."""
-    gives_weights: bool = False
-    """To a retriever on the same device..."""
-    weights: dict[str, Any] | None = None
-    """...which gets them by this description."""
-    log: str | None = None
-    """A file for what this process has to say."""
-
-
-class Roles:
-    """See workers.process.worker.RoleSet."""
+class AssignedRoles:
+    """The roles that this process was assigned: what workers.process.worker.Worker serves as its RoleSet."""
 
     def __init__(self, config: RunConfig, assignment: Assignment):
         self._config, self._assignment = config, assignment
@@ -101,7 +76,7 @@ class Roles:
             torch.cuda.set_device(self.device)
         else:
             torch.set_num_threads(assignment.num_threads)
-        dtype = getattr(torch, assignment.dtype)
+        dtype = DTYPES[assignment.dtype]
         self._whole = describe("model.target", config.model.target, dtype, config.model.max_positions)
         self._shard = Shard(assignment.shard_rank, assignment.shard_size)
         self._builder = RoleBuilder(
@@ -110,7 +85,6 @@ class Roles:
             self.device,
             assignment.plan,
             seed=assignment.seed,
-            max_new_tokens=assignment.max_new_tokens,
             in_threads=True,
         )
         self._make(dtype)
@@ -119,23 +93,32 @@ class Roles:
 
     def _make(self, dtype: torch.dtype) -> None:
         roles, builder = self._assignment.roles, self._builder
-        target = self._load_target() if {VERIFIER_ROLE, RETRIEVER_ROLE} & set(roles) else None
-        path = SameProcess() if self._assignment.update_path == "same_process" else None
-        if RETRIEVER_ROLE in roles:
-            self.roles[RETRIEVER_ROLE] = self._make_retriever(target, path)
-        if VERIFIER_ROLE in roles:
-            verifier, model = builder.verifier(target)
-            model.on_prefill_progress = lambda done, total: setattr(self, "_prefill", (done, total))
-            # Where it writes to another's memory it is told by `attach`; until then, nothing leaves.
-            self.roles[VERIFIER_ROLE] = PublishingVerifier(verifier, path or Carrying(sends=self._is_owner()))
+        if set(SHARDED) & set(roles):
+            self._make_sharded(self._load_target())
         if DRAFTER_ROLE in roles:
             facts = None
-            if self._config.model.drafter != "lookup":
+            if self._config.model.drafter != LOOKUP_DRAFTER:
                 facts = describe("model.drafter", self._config.model.drafter, dtype)
             self.roles[DRAFTER_ROLE] = builder.drafter(facts, self._whole.config.get_text_config().vocab_size)
 
+    def _make_sharded(self, target: CausalModel) -> None:
+        """The retriever and the verifier, as far as they are assigned."""
+        roles = self._assignment.roles
+        path = SameProcess() if self._assignment.update_path is UpdatePath.same_process else None
+        if RETRIEVER_ROLE in roles:
+            self.roles[RETRIEVER_ROLE] = self._make_retriever(target, path)
+        if VERIFIER_ROLE in roles:
+            verifier, model = self._builder.verifier(target)
+            model.on_prefill_progress = self._note_prefill
+            # Where it writes to another's memory it is told by `attach`; until then, nothing leaves.
+            verifier.publisher = path or Carrying(sends=self._is_owner())
+            self.roles[VERIFIER_ROLE] = verifier
+
+    def _note_prefill(self, done: int, total: int) -> None:
+        self._prefill = done, total
+
     def _finish_queued(self) -> None:
-        """What this thread queued on the device: the roles, on streams of their own, do not wait for it."""
+        """Waits for what this thread queued on the device: the roles, on streams of their own, do not."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -154,11 +137,16 @@ class Roles:
         return self._builder.load_target(all_reduce=all_reduce)
 
     def _all_reduce(self) -> AllReduce:
-        """NCCL between GPUs; between processors of one machine shared memory, else gloo. Each role has its own."""
+        """What sums over the ranks of the target: each role that computes with its weights has a way of its own.
+
+        NCCL between GPUs; between processors of one machine shared memory, else gloo.
+        """
         assignment = self._assignment
         timeout = timedelta(seconds=self._sum_timeout_s)
+        assert assignment.store is not None, "the ranks of a sharded model are told where they find each other"
         host, port = assignment.store
-        store = dist.PrefixStore(assignment.group, dist.TCPStore(host, port, is_master=False, timeout=timeout))
+        store = PrefixStore(assignment.group, TCPStore(host, port, is_master=False, timeout=timeout))
+        ways: dict[str, AllReduce]
         if self.device.type == "cpu" and assignment.same_host and has_ordered_stores():
             ways = {role: self._shared_memory_sum(store, role) for role in sorted(assignment.roles) if role in SHARDED}
         else:
@@ -174,10 +162,13 @@ class Roles:
 
     @property
     def _sum_timeout_s(self) -> float:
-        """The orchestrator is to find a stall first, and who is to blame; this is for when it is blind to it."""
+        """Seconds after which a sum gives up.
+
+        The orchestrator is to find a stall first, and who is to blame; this is for when it is blind to it.
+        """
         return 2 * self._assignment.stall_timeout_s
 
-    def _shared_memory_sum(self, store: dist.Store, role: str) -> SharedMemoryAllReduce:
+    def _shared_memory_sum(self, store: Store, role: str) -> SharedMemoryAllReduce:
         if self._shard.rank == 0:
             file = os.memfd_create("tierforce-sums")  # no name: nothing is left of it, however the ranks end
             store.set(role, f"/proc/{os.getpid()}/fd/{file}")
@@ -189,30 +180,30 @@ class Roles:
             start_timeout_seconds=self._assignment.start_timeout_s,
         )
 
-    def _make_retriever(self, target: CausalModel, path: SameProcess | None) -> ReceivingRetriever:
-        builder = self._builder
-        if path is not None:
-            return ReceivingRetriever(builder.retriever(target), path)
-        if self._assignment.update_path == "carried":
-            return ReceivingRetriever(builder.retriever(target, make_model=RetrievalModel), Carried())
+    def _make_retriever(self, target: CausalModel, path: SameProcess | None) -> RetrievalDrafter[list[UpdateNotice]]:
+        """The retriever, which is told of updates by notices, whichever way they come."""
+        if path is not None or self._assignment.update_path is UpdatePath.carried:
+            make_model = partial(ReceivingRetrievalModel, receiver=path or Carried())
+            return self._builder.retriever_with(make_model, target)
         planned = self._assignment.plan.device_bytes
         self._arena = SharedArena(sum(planned[name] for name in RETRIEVAL_PARTS if name in planned), self.device)
-        retriever = builder.retriever(target, self._arena, SharedRetrievalModel)
-        self.shared[RETRIEVAL_CACHE] = self._arena.description()
-        return ReceivingRetriever(retriever, FromItsMemory())
+        retriever = self._builder.retriever_with(SharedRetrievalModel, target, self._arena)
+        self.shared[RETRIEVAL_CACHE] = self._arena.description()  # of what lies in it by now
+        return retriever
 
-    def _heads(self):
+    def _heads(self) -> Heads:
+        """The heads of the target that this rank has."""
         text_config = self._whole.config.get_text_config()
         return own_heads(text_config.num_attention_heads, self._whole.cache_shape.num_kv_heads, self._shard)
 
     def _is_owner(self) -> bool:
-        """Of the ranks that share this one's kv heads, the first."""
+        """Whether this is the first of the ranks that share its kv heads."""
         heads, kv_heads = self._heads(), self._whole.cache_shape.num_kv_heads
         group = self._whole.config.get_text_config().num_attention_heads // kv_heads
-        return heads.query.start == heads.kv.start * group
+        return bool(heads.query.start == heads.kv.start * group)
 
     def attach(self, shared: dict[str, Any]) -> bool:
-        """The retriever's memory is there: from now on updates are written to it. False: it is gone again."""
+        """Maps the retriever's memory, to which updates are written from now on. False: it is gone again."""
         try:
             part = AttachedPart(shared[RETRIEVAL_CACHE], self._heads().kv.start)
         except (OSError, RuntimeError):
@@ -224,6 +215,7 @@ class Roles:
         return True
 
     def report(self) -> dict[str, Any]:
+        """Peak bytes of each tier, failed drafts and, of a verifier, what it streamed; JSON types."""
         peaks = self._builder.peak_bytes()
         if self._arena is not None and self.device.type == "cpu":
             peaks["device"] += self._arena.peak_bytes
@@ -236,29 +228,32 @@ class Roles:
         return report
 
     def progress(self) -> tuple[int, int, int]:
+        """See RoleSet: number of layers computed so far; and of prefill, tokens done and tokens in all."""
         return sum(model.progress.num_layers for model in self._builder.models), *self._prefill
 
     def waits_for_others(self) -> bool:
+        """See RoleSet: whether a thread of this process is in a sum."""
         return self._sums is not None and bool(self._sums.summing)
 
     def close(self) -> None:
+        """Gives back caches and files, and leaves the group of ranks."""
         self._builder.close()
         if self._group is not None:
             dist.destroy_process_group()
 
 
-def build(config: dict[str, Any], assignment: dict[str, Any]) -> Roles:
-    """See workers.process.worker.Worker."""
+def build(config: dict[str, Any], assignment: dict[str, Any]) -> AssignedRoles:
+    """Makes the roles of an Assignment, which like the RunConfig comes in plain JSON types. Raises ConfigError."""
     assigned = msgspec.convert(assignment, Assignment)
     if assigned.log is not None:
         _log_to(Path(assigned.log))
     run_config = msgspec.convert(config, RunConfig)
     with memory_shortage_as_config_error(run_config):
-        return Roles(run_config, assigned)
+        return AssignedRoles(run_config, assigned)
 
 
 def _num_failed_drafts(role: Any) -> int:
-    """So many times a drafting role's logits were not finite, and it drafted nothing or less."""
+    """How often a role's logits were not finite, so that it drafted nothing or less; 0 for one that does not draft."""
     return getattr(role, "num_failures", 0)
 
 
@@ -274,8 +269,10 @@ def survey(device: str, disk_folder: str) -> dict[str, int]:
 
 
 def _log_to(path: Path) -> None:
-    """All that this process and its libraries print; the terminal is the orchestrator's. Lines of ours name rank and
-    role, as the file does."""
+    """Sends all that this process and its libraries print to a file: the terminal is the orchestrator's.
+
+    Lines of ours name rank and role, as the file does.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
@@ -291,19 +288,23 @@ def _log_to(path: Path) -> None:
     faulthandler.register(STACKS_SIGNAL, all_threads=True)
 
 
-def serve(endpoints: Endpoints, rank: int, node: int, *, same_host: bool) -> None:
-    """Until the orchestrator ends it."""
+def serve(endpoints: Endpoints, rank: int, node: int, build: Build, *, same_host: bool) -> None:
+    """Does what the orchestrator says, until that one ends it."""
     messages, pings = endpoints.for_host(same_host=same_host)
     pid = endpoints.pid if same_host else None
     num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
-    def connect(name: str, *tensors) -> Line:
+    def connect(name: str, *tensors: Any) -> Line:
         return Line(messages, f"{rank}.{name}", endpoints.secret, *tensors, node=node, num_devices=num_devices)
 
     Worker(connect, partial(PingListener, pings, time.monotonic, pid), survey, build).run()
 
 
-def main() -> int:
+def main(build: Build = build) -> int:
+    """The exit code of a worker, when the run is over; its environment is from launch.processes.guard.
+
+    `build(config, assignment)` makes its roles.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the orchestrator decides
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -317,7 +318,7 @@ def main() -> int:
             return FOUND_NOBODY
         with os.fdopen(int(os.environ[PIPE]), "wb") as pipe:
             pipe.write(msgspec.json.encode(endpoints) + b"\n")
-    serve(endpoints, int(os.environ["RANK"]), int(os.environ.get("GROUP_RANK", "0")), same_host=same_host())
+    serve(endpoints, int(os.environ["RANK"]), int(os.environ.get("GROUP_RANK", "0")), build, same_host=same_host())
     return 0
 
 

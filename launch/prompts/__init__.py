@@ -1,1 +1,1 @@
-"""What is read and what is asked of it."""
+"""Prompts: texts that are read, and tasks around them."""

@@ -1,6 +1,6 @@
 """Facts hidden in a long text at known depths, and what calls for them again at its end.
 
-Text and the standard library alone: prompts, workloads and measurements share it.
+Needs text and the standard library alone: prompts, workloads, measurements and the demo pair's training text share it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from string import ascii_lowercase
 
 
 class NeedleForm(StrEnum):
-    """What a fact looks like."""
+    """Form of a fact, and of what calls for it."""
 
     assignment = "assignment"
     """`name_key = '482133'`, called for by its left side: as the demo pair has seen it in training."""
@@ -27,7 +27,7 @@ class NeedleForm(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """`text` is planted; behind `question`, at the end of the whole text, `answer` is right."""
+    """A text to plant, a question that calls for it at the end of the whole text, and the right answer."""
 
     text: str
     question: str
@@ -36,7 +36,7 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Haystack:
-    """A text, and at which character of it each fact begins."""
+    """A text with facts planted in it, and the index of the character at which each of them begins."""
 
     text: str
     starts: list[int]
@@ -56,19 +56,21 @@ silver spider spring stable statue summer sunset temple thread timber tunnel tur
 def make_facts(form: NeedleForm, count: int, seed: int) -> list[Fact]:
     """`count` facts with different names, the same for the same seed."""
     rng = random.Random(f"{form}/{seed}")
-    if form == NeedleForm.passage:
+    if form is NeedleForm.passage:
         return [_passage(rng) for _ in range(count)]
     names: dict[str, None] = {}  # ordered, unlike a set
     while len(names) < count:
         names["".join(rng.choices(ascii_lowercase, k=rng.randint(5, 8)))] = None
-    return [_fact(form, name, str(rng.randint(100_000, 999_999))) for name in names]
+    return [named_fact(form, name, str(rng.randint(100_000, 999_999))) for name in names]
 
 
-def _fact(form: NeedleForm, name: str, value: str) -> Fact:
-    if form == NeedleForm.assignment:
+def named_fact(form: NeedleForm, name: str, value: str) -> Fact:
+    """The fact that `name` has this value, in any form but a passage, which has neither."""
+    assert form is not NeedleForm.passage
+    if form is NeedleForm.assignment:
         return Fact(f"\n{name}_key = '{value}'\n", f"\n{name}_key = '", f"{value}'")
     sentence = f" The number of {name} is {value}. "
-    if form == NeedleForm.sentence:
+    if form is NeedleForm.sentence:
         return Fact(sentence, f" The number of {name} is", f" {value}.")
     return Fact(sentence, f"\n\nWhat is the number of {name}? Answer with the number alone.", value)
 
@@ -85,7 +87,8 @@ def plant(filler: str, facts: Sequence[Fact], depths: Sequence[float]) -> Haysta
     Facts at the same depth follow one another as given.
     """
     order = sorted(range(len(facts)), key=lambda index: depths[index])
-    pieces, starts, begin, length = [], [0] * len(facts), 0, 0
+    pieces: list[str] = []
+    starts, begin, length = [0] * len(facts), 0, 0
     for index in order:
         end = _gap_before(filler, round(depths[index] * len(filler)), begin)
         pieces += [filler[begin:end], facts[index].text]
@@ -96,7 +99,10 @@ def plant(filler: str, facts: Sequence[Fact], depths: Sequence[float]) -> Haysta
 
 
 def _gap_before(text: str, at: int, least: int) -> int:
-    """Behind the last line break or, failing that, space in [least, at); `at` itself at the end, `least` if none."""
+    """The index behind the last line break in [least, at) or, failing that, the last space; else `least`.
+
+    At the end of the text, or beyond, it is the end.
+    """
     if at >= len(text):
         return len(text)
     for gap in ("\n", " "):

@@ -10,9 +10,10 @@ from __future__ import annotations
 import codecs
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO, Protocol
 
 from conf.schema import ConfigError, PromptConfig
 from launch.prompts.published_texts import check_item, read_item
@@ -29,27 +30,41 @@ BLOCK_BYTES = 1 << 18
 ONLY_PACKAGES = {"site-packages", "dist-packages"}
 
 
+class Tokenizer(Protocol):
+    """A fast tokenizer of transformers, as far as a prompt needs one."""
+
+    def __call__(self, text: str, **options: Any) -> Mapping[str, Any]: ...
+
+    def decode(self, token_ids: list[int]) -> str | list[str]: ...
+
+
 def check_prompt(config: PromptConfig) -> None:
-    """What can be said of it without a tokenizer; raises ConfigError. What comes out of a pipe comes only once."""
+    """Checks of a prompt what needs no tokenizer; raises ConfigError. A pipe is not read: its text comes only once."""
     if config.dataset is not None:
-        check_item(config)
+        check_item(config.dataset, config.path, config.item)
+    elif config.path is not None and _is_pipe(config.path):
         return
-    is_pipe = config.path is not None and os.path.exists(config.path) and not os.path.isfile(config.path)
-    if (config.path is not None or config.text is not None) and (not is_pipe or os.path.isdir(config.path)):
+    elif config.path is not None or config.text is not None:
         next(_pieces(config), None)
 
 
-def read_prompt(config: PromptConfig, tokenizer, at_most: int | None = None) -> list[int]:
+def _is_pipe(path: str) -> bool:
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+def read_prompt(config: PromptConfig, tokenizer: Tokenizer, at_most: int | None = None) -> list[int]:
     """The first `config.max_tokens` tokens of the prompt, never more than `at_most`; raises ConfigError.
 
-    What is asked of a document is never cut, the document is. `tokenizer` is a fast tokenizer of transformers.
+    A document is cut to that; what is asked of it never is.
     """
     limits = [limit for limit in (config.max_tokens, at_most) if limit is not None]
     limit = min(limits, default=None)
-    workload = workload_of(config)
+    workload = read_workload(config)
     head = _ids_of(tokenizer, workload.head, special=True) if workload.head else []
     tail = _ids_of(tokenizer, workload.tail)
-    facts = [(fact.depth, _ids_of(tokenizer, fact.sentence)) for fact in workload.facts]
+    facts = [
+        (depth, _ids_of(tokenizer, fact.text)) for depth, fact in zip(workload.depths, workload.facts, strict=True)
+    ]
     num_taken = len(head) + len(tail) + sum(len(ids) for _, ids in facts)
     if num_taken and limit is not None and num_taken >= limit:
         raise ConfigError(
@@ -68,13 +83,13 @@ def read_text(config: PromptConfig, num_chars: int) -> str:
     return _Text(_pieces(config)).read(0, num_chars)[0]
 
 
-def encode_first(text: _Text, tokenizer, count: int | None, *, special: bool = True) -> list[int]:
+def encode_first(text: _Text, tokenizer: Tokenizer, count: int | None, *, special: bool = True) -> list[int]:
     """The first `count` tokens of the text (all: None), as if the whole text had been tokenized and then cut.
 
-    `special`: with the tokenizer's own beginning of sequence.
+    With `special` they begin with the tokenizer's own beginning of sequence.
 
-    In pieces: a tokenizer takes more than a kilobyte for each token of what it is given at once. Pieces overlap, and
-    are joined where both go on alike, far from the end of the one and the beginning of the other.
+    The text is tokenized in pieces: a tokenizer takes more than a kilobyte for each token of what it is given at once.
+    Pieces overlap, and are joined where both go on alike, far from the end of the one and the beginning of the other.
     """
     before, behind = _added_tokens(tokenizer) if special else ([], [])
     ids, first = list(before), 0
@@ -101,7 +116,7 @@ def encode_first(text: _Text, tokenizer, count: int | None, *, special: bool = T
 
 @dataclass(slots=True)
 class _Piece:
-    """The tokens of a part of the text, without those that a tokenizer adds, and where in the text each one begins."""
+    """Tokens of a part of the text, without those that a tokenizer adds, and where in the text each one begins."""
 
     start: int
     ids: list[int]
@@ -109,7 +124,7 @@ class _Piece:
     is_last: bool
 
 
-def _encode(text: _Text, tokenizer, start: int, num_chars: int) -> _Piece:
+def _encode(text: _Text, tokenizer: Tokenizer, start: int, num_chars: int) -> _Piece:
     string, is_last = text.read(start, num_chars)
     encoded = tokenizer(
         string, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
@@ -118,7 +133,7 @@ def _encode(text: _Text, tokenizer, start: int, num_chars: int) -> _Piece:
 
 
 def _joint(piece: _Piece, following: _Piece) -> tuple[int, int] | None:
-    """Indices of the same token in both, a margin from the end of the one and the beginning of the other."""
+    """Indices in each piece of a token that both have, a margin from the end of one and the beginning of the other."""
     index_at = {start: index for index, start in enumerate(following.starts)}
     for index in range(len(piece.ids) - 2 * MARGIN_TOKENS, len(piece.ids) - MARGIN_TOKENS):
         other = index_at.get(piece.starts[index])
@@ -129,8 +144,8 @@ def _joint(piece: _Piece, following: _Piece) -> tuple[int, int] | None:
     return None
 
 
-def _added_tokens(tokenizer) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and behind any text."""
+def _added_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Tokens that the tokenizer puts before, and behind, any text."""
     encoded = tokenizer("a", return_special_tokens_mask=True)
     ids, mask = encoded["input_ids"], encoded["special_tokens_mask"]
     num_before = mask.index(0) if 0 in mask else len(mask)
@@ -138,17 +153,18 @@ def _added_tokens(tokenizer) -> tuple[list[int], list[int]]:
     return ids[:num_before], ids[len(ids) - num_behind :]
 
 
-def workload_of(config: PromptConfig) -> Workload:
-    """What is asked of the document; raises ConfigError where that is a data set's and cannot be read."""
+def read_workload(config: PromptConfig) -> Workload:
+    """The task around the document; raises ConfigError where it belongs to a data set that cannot be read."""
     if config.dataset is None:
         return make_workload(config)
     item = read_item(config.dataset, config.path, config.item)
     return make_workload(config, item.question, item.answers)
 
 
-def _with_facts(document: list[int], facts: list[tuple[float, list[int]]], tokenizer) -> list[int]:
-    """Each fact at its depth in the document, or at the end of a line shortly before."""
-    parts, end = [], len(document)
+def _with_facts(document: list[int], facts: list[tuple[float, list[int]]], tokenizer: Tokenizer) -> list[int]:
+    """The document with each fact's tokens at its depth, or at the end of a line shortly before."""
+    parts: list[int] = []
+    end = len(document)
     for depth, ids in sorted(facts, key=lambda fact: fact[0], reverse=True):
         position = min(end, round(depth * len(document)))
         for near in range(position, max(0, position - LINE_TOKENS), -1):
@@ -160,21 +176,22 @@ def _with_facts(document: list[int], facts: list[tuple[float, list[int]]], token
     return document[:end] + parts
 
 
-def _ids_of(tokenizer, text: str, *, special: bool = False) -> list[int]:
-    """`special`: with the tokenizer's own beginning of sequence."""
+def _ids_of(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:
+    """Tokens of the text; with `special` they begin with the tokenizer's own beginning of sequence."""
     if not text:
         return []
-    return tokenizer(text, add_special_tokens=special, split_special_tokens=True, verbose=False)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=special, split_special_tokens=True, verbose=False)["input_ids"]
+    return ids
 
 
 class _Text:
-    """Text that arrives in pieces, and is read only as far as asked for."""
+    """A text that arrives in pieces, and is read only as far as asked for."""
 
     def __init__(self, pieces: Iterator[str]):
         self._pieces, self._held, self._start = pieces, "", 0
 
     def read(self, start: int, num_chars: int) -> tuple[str, bool]:
-        """`num_chars` characters from `start` on, and whether the text ends with them."""
+        """The `num_chars` characters from `start` on, and whether the text ends with them."""
         end, arrived = start - self._start + num_chars, []
         missing = end - len(self._held)
         while missing >= 0 and (piece := next(self._pieces, None)) is not None:
@@ -184,7 +201,7 @@ class _Text:
         return self._held[start - self._start : end], len(self._held) <= end
 
     def forget(self, end: int) -> None:
-        """Nothing before `end` will be asked for again."""
+        """Drops the text before `end`, which will not be asked for again."""
         self._held, self._start = self._held[end - self._start :], end
 
 
@@ -209,8 +226,8 @@ def _pieces(config: PromptConfig) -> Iterator[str]:
 
 
 def _checked_text(text: str) -> str:
-    """Bytes of the command line that are not UTF-8 arrive as lone surrogates."""
-    try:
+    """The text itself; raises ConfigError where it is not UTF-8."""
+    try:  # bytes of the command line that are not UTF-8 arrive as lone surrogates
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ConfigError(
@@ -242,8 +259,8 @@ def _path_error(path: str, what: str) -> ConfigError:
     return ConfigError(f"prompt.path is {path!r}, {what}; it must be a UTF-8 text file, for example book.txt")
 
 
-def _decoded(file, path: str) -> Iterator[str]:
-    """UTF-8 with or without a byte order mark, block by block."""
+def _decoded(file: BinaryIO, path: str) -> Iterator[str]:
+    """The file's text block by block, without a byte order mark; raises ConfigError where it is not UTF-8."""
     decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
     while True:
         block = file.read(BLOCK_BYTES)

@@ -14,10 +14,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from conf.schema import ConfigError, Dataset, PromptConfig
+from conf.schema import ConfigError, Dataset
 
 HUB = {Dataset.pg19: "emozilla/pg19", Dataset.narrativeqa: "deepmind/narrativeqa"}
-"""Without loading scripts, which `datasets` no longer runs."""
+"""Copies on the hub without loading scripts, which `datasets` no longer runs."""
 LAYOUT = {
     Dataset.pg19: "books as .txt files, in it or in its folder test",
     Dataset.narrativeqa: "qaps.csv and the stories as tmp/ID.content",
@@ -27,24 +27,24 @@ TEST = "test"
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Item:
-    """A text; of NarrativeQA also a question about it, and what answers it."""
+    """A text; one of NarrativeQA has a question about it, too, and texts that answer it."""
 
     text: str
     question: str | None = None
     answers: tuple[str, ...] = ()
 
 
-def check_item(config: PromptConfig) -> None:
-    """What can be said without the network; raises ConfigError."""
-    if config.path is not None:
-        read_item(config.dataset, config.path, config.item)
+def check_item(dataset: Dataset, path: str | None, index: int) -> None:
+    """Checks of an item what needs no network; raises ConfigError."""
+    if path is not None:
+        read_item(dataset, path, index)
     else:
-        _check_package(config.dataset)
+        _check_package(dataset)
 
 
 @lru_cache(maxsize=2)
 def read_item(dataset: Dataset, path: str | None, index: int) -> Item:
-    """Raises ConfigError."""
+    """The item at this index of the test split, of a folder or, without a path, of the hub; raises ConfigError."""
     if path is None:
         return _from_package(dataset, HUB[dataset], index)
     folder = Path(path)
@@ -79,7 +79,7 @@ def _story(folder: Path, index: int) -> Item:
 
 
 def _read(path: Path) -> str:
-    """Some of the stories were never UTF-8."""
+    # Some of the stories were never UTF-8.
     return path.read_text(encoding="utf-8", errors="replace")
 
 
@@ -99,7 +99,7 @@ def _check_package(dataset: Dataset) -> None:
 
 
 def _from_package(dataset: Dataset, source: str, index: int) -> Item:
-    """From a folder with parquet or JSON files, or a hub id; only as much is fetched as is read."""
+    """The item of a folder with parquet or JSON files, or of a hub id; only as much is fetched as is read."""
     _check_package(dataset)
     import datasets
 

@@ -34,7 +34,7 @@ class SweepConfig(RunConfig):
     output: str = "outputs/sweep"
     """Folder of the sweep: the table, and a folder for each job. A sweep in the same folder takes up what is there."""
     processes: int = 1
-    """Of each job: above 1 it is started by torchrun."""
+    """Processes of each job: above 1 it is started by torchrun."""
     repeat: int = 1
     """Runs of each setting, for the noise of its times; in a grid all settings are run once before any is again."""
     repetition: int | None = None
@@ -42,7 +42,7 @@ class SweepConfig(RunConfig):
     resume: bool = True
     """Leave out jobs that have a complete result in the folder."""
     objective: str = "tbt_ms"
-    """For an optimising sweeper: the column of the table to minimise; with a minus (-tokens_per_s), to maximise."""
+    """Column of the table that an optimising sweeper minimises; with a minus (-tokens_per_s), maximises."""
     timeout_s: float | None = None
     """A job that takes longer is ended, and has failed; null: no limit."""
 
@@ -61,9 +61,10 @@ ConfigStore.instance().store(name="sweep_schema", node=SweepConfig)
 
 
 def refusal_of(cfg: DictConfig) -> ConfigError | None:
-    """Why this configuration cannot be run here; None: it can."""
+    """The reason why this configuration cannot be run here; None: it can."""
     try:
         config = OmegaConf.to_object(cfg)
+        assert isinstance(config, SweepConfig)
         check_start(config, config.processes)
     except ConfigError as error:
         return error
@@ -72,30 +73,34 @@ def refusal_of(cfg: DictConfig) -> ConfigError | None:
 
 @dataclass(kw_only=True)
 class Sweep:
-    """What the command line asks for, checked."""
+    """A sweep that the command line asks for, checked."""
 
     arguments: list[str]
-    """For Hydra."""
+    """The command line for Hydra."""
     cfg: DictConfig
-    """Of everything that is not swept."""
+    """The configuration of everything that is not swept."""
     grid: list[DictConfig] | None
     """The configuration of each job; None where a sweeper chooses as it goes."""
     num_jobs: int | None
-    """What Hydra calls jobs, as far as it is known."""
+    """Number of settings, which Hydra calls jobs; None where it is not known."""
     axes: list[str]
     """The keys that are swept."""
 
 
 def read_sweep(overrides: list[str], *, is_multirun: bool) -> Sweep:
-    """Raises ConfigError for what can be right in no job; a combination of the grid may still be refused."""
+    """The sweep that these overrides ask for.
+
+    Raises ConfigError for what can be right in no job; a combination of the grid may still be refused.
+    """
     parsed = [parse_override(text) for text in overrides]
-    fixed, axes = [], {}
-    for override in parsed:
+    fixed: list[str] = []
+    axes: dict[str, list[str]] = {}
+    for text, override in zip(overrides, parsed, strict=True):
         if is_multirun and override.is_sweep_override():
             _add_axis(axes, override)
         else:
             check_override(override, SweepConfig, SWEEP_GROUPS)
-            fixed.append(override.input_line)
+            fixed.append(text)
     with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
         base = _composed(fixed, parsed, with_hydra=True)
         sweeper = base.hydra.sweeper
@@ -115,7 +120,7 @@ def read_sweep(overrides: list[str], *, is_multirun: bool) -> Sweep:
 
 
 def _add_axis(axes: dict[str, list[str]], override: Override) -> None:
-    """Each value is checked by itself; those of an interval cannot be."""
+    """Notes the values that a key is swept over, each checked by itself; those of an interval cannot be."""
     key = override.key_or_group
     if key in NOT_SWEPT or key.partition(".")[0].partition("/")[0] == "hydra":
         raise ConfigError(f"{override.input_line!r} sweeps over {key}; it must have one value")
@@ -129,16 +134,20 @@ def _add_axis(axes: dict[str, list[str]], override: Override) -> None:
 
 
 def _axes_of_experiment(sweeper: DictConfig, overridden: set[str]) -> dict[str, list[str]]:
-    """Of hydra.sweeper.params, where the command line does not say otherwise."""
+    """The axes in hydra.sweeper.params, where the command line does not say otherwise."""
     axes: dict[str, list[str]] = {}
     for key, values in (sweeper.get("params") or {}).items():
         if key not in overridden:
             override = parse_override(f"{key}={values}")
-            _add_axis(axes, override) if override.is_sweep_override() else axes.update({key: [f"{key}={values}"]})
+            if override.is_sweep_override():
+                _add_axis(axes, override)
+            else:
+                axes[key] = [f"{key}={values}"]
     return axes
 
 
 def _composed(fixed: list[str], parsed: list[Override], *, with_hydra: bool = False) -> DictConfig:
+    """The configuration with these overrides. Raises ConfigError, which names what is missing of Hydra's plugins."""
     try:
         return hydra.compose("sweep", overrides=fixed, return_hydra_config=with_hydra)
     except (HydraException, OmegaConfBaseException) as error:

@@ -1,46 +1,36 @@
-"""The figures of a report. Each function draws what the results have settings for, or says why it cannot.
-
-Colours are Okabe and Ito's and viridis, told apart with any colour vision and in grey; the same results give the same
-bytes.
-"""
+"""The figures of a report. Each function draws what the results have settings for, or says why it cannot."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
-from launch.sweeps.medians import Point, Results, Series, differing, fastest, label_of, series_of
-from launch.sweeps.table import sort_key
+from launch.sweeps.drawing import (
+    BLUE,
+    COLOURS,
+    GREEN,
+    GREY,
+    MARKERS,
+    ORANGE,
+    SKY,
+    STYLE,
+    Drawing,
+    LeftOutError,
+    of_fastest,
+)
+from launch.sweeps.gamma_maps import gamma_maps
+from launch.sweeps.medians import GAMMA1, GAMMA2, Point, Results, Series, differing, fastest, label_of, series_of
 
-BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
-COLOURS, MARKERS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY), "osD^vP"
-GREY, LIGHT_GREY = "#666666", "#DDDDDD"
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "legend.fontsize": 8,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "lines.linewidth": 1.5,
-    "lines.markersize": 5,
-    "legend.frameon": False,
-    "svg.hashsalt": "tierforce",
-    "svg.fonttype": "none",
-}
 MODE_AXIS = "decoding.mode"
-MAX_LINES, MAX_MAPS, MAX_BARS = 6, 3, 12
-GAMMA1, GAMMA2 = "decoding.gamma1", "decoding.gamma2"
+"""The setting that names a baseline."""
+MAX_LINES, MAX_BARS = 6, 12
 X_LABELS = {
     "cache.retrieval.budget": "retrieval budget (tokens per layer and kv head)",
     "prompt.max_tokens": "context (prompt tokens)",
@@ -51,9 +41,8 @@ X_LABELS = {
 }
 DOUBLING = ("cache.retrieval.budget", "prompt.max_tokens", "tiers.link.gb_per_s", GAMMA1, GAMMA2)
 LEVEL_TITLES = {"retrieval": "retrieval draft, judged by the target", "drafter": "drafter, judged by the level above"}
-ACCEPTANCE = "acceptance of the retrieval draft"
 LEVEL_NAMES = {"retrieval": "retrieval draft", "drafter": "drafter"}
-LEVEL_LINES = (("retrieval", "-"), ("drafter", ":"))
+LEVEL_LINES: tuple[tuple[str, Literal["-", ":"]], ...] = (("retrieval", "-"), ("drafter", ":"))
 PARTS = (
     ("draft", "draft", SKY, ""),
     ("retrieval", "retrieval draft", ORANGE, ""),
@@ -62,96 +51,13 @@ PARTS = (
     ("refresh", "refresh of the retrieval cache", GREEN, ""),
     ("rest", "rest: messages, bookkeeping", "#BBBBBB", ""),
 )
-"""Of a round: name, legend, colour, hatch."""
-
-
-class LeftOutError(Exception):
-    """The results lack what a figure shows; the text says what."""
-
-
-@dataclass(kw_only=True)
-class Drawing:
-    """A figure and what to write under it."""
-
-    figure: Figure
-    caption: str
-
-
-# ---- γ1 x γ2. ----
-
-
-def gamma_maps(results: Results) -> Drawing:
-    """TBT and acceptance over γ1 and γ2."""
-    points = [point for point in results.speculating if None not in _place(point)]
-    sizes = [len({point.settings[axis] for point in points}) for axis in (GAMMA1, GAMMA2)]
-    if min(sizes) < 2:
-        raise LeftOutError("it needs runs with several values of decoding.gamma1 and of decoding.gamma2")
-    maps, given_up = series_of(points, results.axes, (GAMMA1, GAMMA2), MAX_MAPS)
-    measures = (
-        ("tbt_ms", "TBT (ms)", "viridis_r", "{:.1f}"),
-        ("retrieval_acceptance", ACCEPTANCE, "viridis", "{:.2f}"),
-    )
-    rows, columns = (sorted({_place(p)[i] for p in points}, key=sort_key) for i in (0, 1))
-    width = 1.3 + 0.55 * len(columns)
-    across = len(maps) if len(maps) > 1 else 2
-    size = (across * (width + 0.7), (1.1 + 0.42 * len(rows)) * (2 if len(maps) > 1 else 1))
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(2, len(maps), squeeze=False) if len(maps) > 1 else figure.subplots(1, 2, squeeze=False).T
-    for (metric, name, colours, form), line in zip(measures, grid, strict=True):
-        _draw_maps(line, maps, metric, name, colours, form, (rows, columns))
-    for ax in grid[1] if len(maps) > 1 else ():
-        ax.set_title("")  # it stands above
-    caption = "Median time between tokens (TBT) and acceptance of the retrieval draft; framed: the fastest setting."
-    return Drawing(figure=figure, caption=caption + _of_fastest(given_up))
-
-
-def _place(point: Point) -> tuple[int | None, int | None]:
-    return point.settings.get(GAMMA1), point.settings.get(GAMMA2)
-
-
-def _draw_maps(axes: Sequence[Axes], maps: Sequence[Series], metric, name, colours, form, ticks) -> None:
-    """One measure over all maps, on one scale."""
-    (rows, columns), everything = ticks, [point for one in maps for point in one.points]
-    values = [value for point in everything if (value := point.median(metric)) is not None]
-    if not values:
-        raise LeftOutError(f"no run has {metric}")
-    scale = matplotlib.colors.Normalize(min(values), max(values) if max(values) > min(values) else min(values) + 1)
-    palette = matplotlib.colormaps[colours]
-    for ax, one in zip(axes, maps, strict=True):
-        cells = {_place(point): point.median(metric) for point in one.points}
-        best = _place(min(one.points, key=lambda point: point.median("tbt_ms")))
-        numbers = [[cells.get((row, column)) for column in columns] for row in rows]
-        shown = [[float("nan") if value is None else value for value in line] for line in numbers]
-        image = ax.imshow(shown, cmap=palette, norm=scale, origin="lower", aspect="auto")
-        ax.set_facecolor(LIGHT_GREY)
-        for y, line in enumerate(numbers):
-            for x, value in enumerate(line):
-                text = "–" if value is None else form.format(value)
-                ax.text(x, y, text, ha="center", va="center", size=8, color=_ink(palette, scale, value))
-        corner = (columns.index(best[1]) - 0.5, rows.index(best[0]) - 0.5)
-        ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=2, clip_on=False))
-        ax.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows)
-        ax.tick_params(length=0)
-        ax.spines[:].set_visible(False)
-        ax.set(xlabel="γ2 (tokens per verification)", title=one.label or name)
-    axes[0].set(ylabel="γ1 (tokens per inner step)")
-    bar = axes[0].figure.colorbar(image, ax=list(axes), label=name if maps[0].label else None)
-    bar.outline.set_visible(False)
-
-
-def _ink(palette, scale, value: float | None) -> str:
-    """White on dark cells."""
-    if value is None:
-        return "black"
-    red, green, blue, _ = palette(scale(value))
-    return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
-
+"""Parts of a round: name, legend, colour, hatch."""
 
 # ---- Speed-up and acceptance along one setting. ----
 
 
 def along(axis: str, results: Results) -> Drawing:
-    """Speed-up (TBT where there is no baseline) and acceptance against one setting."""
+    """Speed-up (TBT where there is no baseline) and acceptance against one setting. Raises LeftOutError."""
     points = [point for point in results.speculating if _number(point.settings.get(axis)) is not None]
     if len({point.settings[axis] for point in points}) < 2:
         raise LeftOutError(f"it needs runs with several values of {axis}")
@@ -166,8 +72,8 @@ def along(axis: str, results: Results) -> Drawing:
     for index, line in enumerate(lines):
         colour, marker = COLOURS[index], MARKERS[index]
         x = [_x(point, axis) for point in line.points]
-        style = {"color": colour, "marker": marker, "label": line.label or "speculating"}
-        left.plot(x, [point.speedup if has_speedup else point.median("tbt_ms") for point in line.points], **style)
+        style: dict[str, Any] = {"color": colour, "marker": marker, "label": line.label or "speculating"}
+        left.plot(x, [point.speedup if has_speedup else point.tbt_ms for point in line.points], **style)
         for point in line.points:
             _draw_runs(left, _x(point, axis), point, colour, has_speedup)
         for level, dashes in LEVEL_LINES:
@@ -189,27 +95,29 @@ def along(axis: str, results: Results) -> Drawing:
     caption += f" against {X_LABELS[axis]}; small points are single runs."
     if not has_speedup:
         caption += " No speed-up: not every setting has a run of decoding.mode=autoregressive with the same others."
-    return Drawing(figure=figure, caption=caption + _of_fastest(given_up))
+    return Drawing(figure=figure, caption=caption + of_fastest(given_up))
 
 
 def _number(value: object) -> float | None:
+    """A setting as a number; None where it is a text or nothing."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _x(point: Point, axis: str) -> float:
-    """What the prompt has, not what it was cut to."""
+    """A point's place along a setting; of the context what the prompt has, not what it was cut to."""
     return (point.median("prompt_tokens") if axis == "prompt.max_tokens" else None) or float(point.settings[axis])
 
 
 def _draw_runs(ax: Axes, x: float, point: Point, colour: str, has_speedup: bool) -> None:
     """Each run by itself, where there are several."""
-    times, median = point.values("tbt_ms"), point.median("tbt_ms")
+    times = point.values("tbt_ms")
     if len(times) > 1:
-        y = [point.speedup * median / value for value in times] if has_speedup else times
+        y = [point.speedup * point.tbt_ms / value for value in times] if has_speedup and point.speedup else times
         ax.plot([x] * len(y), y, ".", color=colour, markersize=3, alpha=0.6)
 
 
 def _set_x(ax: Axes, axis: str, points: Sequence[Point]) -> None:
+    """Ticks at the values that a setting has, on a logarithmic axis where they double."""
     ticks = sorted({_x(point, axis) for point in points})
     if axis in DOUBLING and ticks[0] > 0 and ticks[-1] / ticks[0] >= 4:
         ax.set_xscale("log", base=2)
@@ -221,10 +129,11 @@ def _set_x(ax: Axes, axis: str, points: Sequence[Point]) -> None:
 
 
 def _draw_legends(figure: Figure, left: Axes, right: Axes, lines: Sequence[Series], results: Results) -> None:
+    """One for the lines, where there are several, and one for the levels."""
     if len(lines) > 1:
         figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=min(3, len(lines)))
     levels = [
-        matplotlib.lines.Line2D([], [], color=GREY, linestyle=dashes, label=LEVEL_NAMES[level])
+        Line2D([], [], color=GREY, linestyle=dashes, label=LEVEL_NAMES[level])
         for level, dashes in LEVEL_LINES
         if any(point.median(f"{level}_acceptance") is not None for point in results.speculating)
     ]
@@ -236,7 +145,7 @@ def _draw_legends(figure: Figure, left: Axes, right: Axes, lines: Sequence[Serie
 
 
 def per_position(results: Results) -> Drawing:
-    """How often each position of a proposed block is accepted."""
+    """Acceptance at each position of a proposed block. Raises LeftOutError."""
     levels = [level for level in LEVEL_TITLES if any(p.per_position(level) for p in results.speculating)]
     if not levels:
         raise LeftOutError("no run proposed anything")
@@ -247,7 +156,7 @@ def per_position(results: Results) -> Drawing:
     for ax, level in zip(panels, levels, strict=True):
         for index, point in enumerate(shown):
             rates = point.per_position(level)
-            style = {"color": COLOURS[index], "marker": MARKERS[index], "markersize": 4}
+            style: dict[str, Any] = {"color": COLOURS[index], "marker": MARKERS[index], "markersize": 4}
             ax.plot(range(1, len(rates) + 1), rates, **style, label=label_of(point, axes) or "median run")
         longest = max(len(point.per_position(level)) for point in shown)
         ax.set(title=LEVEL_TITLES[level], xlabel="position in the proposed block", ylabel="accepted", ylim=(0, 1.02))
@@ -266,7 +175,7 @@ def per_position(results: Results) -> Drawing:
 
 
 def breakdown(results: Results) -> Drawing:
-    """The time of a round, and its share of each token."""
+    """The time of a round by phase, and its share of each token. Raises LeftOutError."""
     timed = [point for point in results.points if point.median("verifications")]
     if not timed:
         raise LeftOutError("no run has a round after the first token")
@@ -281,9 +190,15 @@ def breakdown(results: Results) -> Drawing:
     for ax, unit in zip(panels, ("round", "token"), strict=True):
         starts = [0.0] * len(shown)
         for name, legend, colour, hatch in PARTS:
-            widths = [round_parts(point)[name] / _per(point, unit) for point in shown]
+            widths = [round_parts(point)[name] / _num_per_round(point, unit) for point in shown]
             if any(widths) or name == "rest":
-                style = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0.5, "label": legend}
+                style: dict[str, Any] = {
+                    "color": colour,
+                    "hatch": hatch,
+                    "edgecolor": "white",
+                    "linewidth": 0.5,
+                    "label": legend,
+                }
                 ax.barh(range(len(shown)), widths, left=starts, height=0.7, **style)
             starts = [start + width for start, width in zip(starts, widths, strict=True)]
         for y, end in enumerate(starts):
@@ -312,12 +227,13 @@ def round_parts(point: Point) -> dict[str, float]:
     return ms
 
 
-def _per(point: Point, unit: str) -> float:
-    return point.median("tokens_per_verification") if unit == "token" else 1.0
-
-
-def _of_fastest(axes: Sequence[str]) -> str:
-    return f" Of {', '.join(axes)} the fastest value at each place." if axes else ""
+def _num_per_round(point: Point, unit: str) -> float:
+    """Number of tokens, or, if the unit is `round`, one: as many of them a mean round brings."""
+    if unit == "round":
+        return 1.0
+    num_tokens = point.median("tokens_per_verification")
+    assert num_tokens is not None, "a run that has verifications has tokens per verification"
+    return num_tokens
 
 
 FIGURES: dict[str, Callable[[Results], Drawing]] = {
@@ -337,10 +253,3 @@ def draw(name: str, results: Results) -> Drawing:
     """A figure of FIGURES. Raises LeftOutError."""
     with matplotlib.rc_context(STYLE):
         return FIGURES[name](results)
-
-
-def save(figure: Figure, path) -> None:
-    """By the ending of `path`; without a date or a version, so that nothing but the results changes the file."""
-    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(path, dpi=200, metadata=metadata)

@@ -14,17 +14,18 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from launch.sweeps.table import DONE, JOBS, ROW, Row, read_rows, write_table
+from launch.sweeps.table import JOBS, ROW, JobStatus, SweepRow, read_rows, write_table
 from orchestrator.display import harmless
 from orchestrator.run_files import RESULT
 
 SECONDS_BETWEEN_LOOKS = 0.5
-FIGURES = (
+SHOWN_METRICS = (
     ("tbt_ms", "TBT {:.1f} ms"),
     ("tokens_per_verification", "{:.2f} tokens/verification"),
     ("retrieval_acceptance", "retrieval {:.0%} accepted"),
     ("drafter_acceptance", "drafter {:.0%} accepted"),
 )
+"""Columns of a row, and how a line shows them."""
 
 
 class SweepProgress:
@@ -49,7 +50,7 @@ class SweepProgress:
         self._total = total if expected is None else len(expected)
         self._stamps, self._results_before = self._stamps_of(ROW), self._stamps_of(RESULT)
         """When each row and result was written; what is there before the sweep starts is not its own."""
-        self._new: dict[str, Row] = {}
+        self._new: dict[str, SweepRow] = {}
         self._num_taken_up = 0
         self._began = clock()
         self._is_over = threading.Event()
@@ -71,12 +72,13 @@ class SweepProgress:
             self._live.stop()
 
     @property
-    def rows(self) -> list[Row]:
-        """Of the jobs that ended in this sweep."""
+    def rows(self) -> list[SweepRow]:
+        """The rows of the jobs that ended in this sweep."""
         return list(self._new.values())
 
     @property
     def num_left(self) -> int:
+        """Jobs that have not ended yet, as far as their number is known."""
         return max(0, (self._total or 0) - len(self._new))
 
     def look(self) -> None:
@@ -98,7 +100,8 @@ class SweepProgress:
             self._live.update(Text(self.status()), refresh=True)
 
     def status(self) -> str:
-        num_done = sum(row["status"] == DONE for row in self._new.values())
+        """One line: how many jobs are done, failed and left, and how long they will take."""
+        num_done = sum(row["status"] == JobStatus.done for row in self._new.values())
         earlier = f" ({self._num_taken_up} of them before)" if self._num_taken_up else ""
         parts = [f"{num_done} done{earlier}", f"{len(self._new) - num_done} failed"]
         if self._total is not None:
@@ -108,17 +111,18 @@ class SweepProgress:
         return ", ".join(parts)
 
     def _seconds_left(self) -> float | None:
-        """From the pace so far; jobs that were there already took no time."""
+        """Seconds until the end at the pace so far; jobs that were there already took no time."""
         num_run = len(self._new) - self._num_taken_up
         return (self._clock() - self._began) / num_run * self.num_left if num_run else None
 
-    def _take(self, row: Row, *, is_old: bool) -> None:
+    def _take(self, row: SweepRow, *, is_old: bool) -> None:
+        """Counts a job that has ended, and says so; `is_old`: an earlier sweep computed its result."""
         is_new = row["id"] not in self._new
         self._new[row["id"]] = row
-        if row["status"] == DONE and (is_old or not is_new):
+        if row["status"] == JobStatus.done and (is_old or not is_new):
             self._num_taken_up += is_old and is_new
             return
-        if row["status"] == DONE:
+        if row["status"] == JobStatus.done:
             what = f"{figures_of(row)} ({duration(row['seconds'])})"
         else:
             what = row["message"] + (f" ({self._folder / row['log']})" if row["log"] else "")
@@ -129,24 +133,27 @@ class SweepProgress:
         self._console.print(Text(harmless(line)), soft_wrap=True, highlight=False)
 
     def _stamps_of(self, name: str) -> dict[str, int]:
+        """When this file of each job was written, in nanoseconds, by the job's id."""
         return {path.parent.name: path.stat().st_mtime_ns for path in (self._folder / JOBS).glob(f"*/{name}")}
 
     def _watch(self) -> None:
+        """Looks again and again, in a thread, until the sweep is over."""
         while not self._is_over.wait(SECONDS_BETWEEN_LOOKS):
             self.look()
 
 
-def described(row: Row, axes: list[str]) -> str:
-    """What sets a job apart from the others."""
+def described(row: SweepRow, axes: list[str]) -> str:
+    """The settings on `axes` that a job has: what sets it apart from the others."""
     return " ".join(f"{key}={row[key]}" for key in axes if row.get(key) is not None)
 
 
-def figures_of(row: Row) -> str:
-    return ", ".join(form.format(row[key]) for key, form in FIGURES if row.get(key) is not None)
+def figures_of(row: SweepRow) -> str:
+    """The measurements of a job, in one line."""
+    return ", ".join(form.format(row[key]) for key, form in SHOWN_METRICS if row.get(key) is not None)
 
 
 def duration(seconds: float) -> str:
-    """For people: 48 s, 12 min, 3 h 05 min."""
+    """A time for people: 48 s, 12 min, 3 h 05 min."""
     minutes, hours = round(seconds / 60), int(seconds // 3600)
     if seconds < 100:
         return f"{seconds:.0f} s"

@@ -7,17 +7,32 @@ import csv
 import json
 import os
 from collections.abc import Iterable, Mapping
+from enum import StrEnum
 from importlib import util
 from pathlib import Path
 from typing import Any
 
+from launch.command_line.tables import write_atomically, write_csv
 from orchestrator.run_files import RESULT
 
-Row = dict[str, Any]
+SweepRow = dict[str, Any]
+"""Columns of a job by their name: JOB_COLUMNS, settings by their key, METRICS; None for what there is not."""
 
 JOBS, ROW, TABLE = "jobs", "row.json", "table"
-DONE, FAILED, REFUSED = "done", "failed", "refused"
+"""Folder of the jobs' folders; file of a job's row in its folder; the table in the sweep's folder, without ending."""
+
+
+class JobStatus(StrEnum):
+    """Whether a job has a result."""
+
+    done = "done"
+    failed = "failed"
+    refused = "refused"
+    """It was not even started, or refused its configuration itself."""
+
+
 JOB_COLUMNS = ("id", "status", "exit_code", "message", "log", "seconds", "host", "processes", "repetition")
+"""Columns of a job that are known whatever it measures."""
 LEVELS = ("retrieval", "drafter")
 MEMORIES = ("device", "host", "disk", "process")
 PHASES = ("draft", "retrieval", "verify", "refresh", "reread")
@@ -56,7 +71,7 @@ TAKES_NO_PART = {
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested configuration by dotted keys."""
+    """The values of a nested configuration by their dotted keys."""
     items: dict[str, Any] = {}
     for name, value in config.items():
         items |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
@@ -64,10 +79,12 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def is_setting(key: str) -> bool:
+    """Whether a column is a setting of the run: the key of one has a group, and so a dot."""
     return "." in key or key == "processes"
 
 
 def takes_part(key: str, mode: str) -> bool:
+    """Whether a setting matters to a run of this decoding.mode."""
     return not key.startswith(TAKES_NO_PART.get(mode, ()))
 
 
@@ -79,7 +96,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value if takes_part(key, mode) else None for key, value in settings.items()}
 
 
-def row_of_result(result: Mapping[str, Any]) -> Row:
+def row_of_result(result: Mapping[str, Any]) -> SweepRow:
     """Settings and measurements of a finished run; null for what was not measured."""
     timing, speculation, streaming = result["timing"], result["speculation"], result["streaming"]
     row = settings_of(result["config"]) | dict.fromkeys(METRICS)
@@ -110,24 +127,19 @@ def finished_result(folder: Path) -> dict[str, Any] | None:
     return result if result.get("finish_reason") not in (None, "interrupted") else None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(partial, path)
-
-
-def write_row(folder: Path, row: Row) -> None:
+def write_row(folder: Path, row: SweepRow) -> None:
+    """Leaves a job's row in its folder, atomically."""
     write_atomically(folder / ROW, json.dumps(row, indent=1))
 
 
-def read_rows(folder: Path) -> list[Row]:
+def read_rows(folder: Path) -> list[SweepRow]:
     """All rows of a sweep's folder, in the order of their settings."""
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / JOBS).glob(f"*/{ROW}")]
     order = [*axes_of(rows), "id"]
     return sorted(rows, key=lambda row: [sort_key(row.get(key)) for key in order])
 
 
-def axes_of(rows: Iterable[Row]) -> list[str]:
+def axes_of(rows: Iterable[SweepRow]) -> list[str]:
     """The settings in which rows differ; not where one of them has no part in a run, as γ in a baseline."""
     values: dict[str, set[str]] = {}
     for row in rows:
@@ -138,25 +150,20 @@ def axes_of(rows: Iterable[Row]) -> list[str]:
 
 
 def sort_key(value: Any) -> tuple[int, float, str]:
-    """Nothing, then numbers, then texts."""
+    """Orders the values of a setting: nothing, then numbers, then texts."""
     if value is None:
         return (0, 0.0, "")
     is_number = isinstance(value, int | float)
     return (1, float(value), "") if is_number else (2, 0.0, str(value))
 
 
-def write_table(folder: Path, rows: list[Row]) -> list[Path]:
-    """table.csv, and table.parquet where pyarrow is installed."""
+def write_table(folder: Path, rows: list[SweepRow]) -> list[Path]:
+    """Writes table.csv, and table.parquet where pyarrow is installed; returns their paths."""
     settings = dict.fromkeys(key for row in rows for key in row if is_setting(key) and key not in JOB_COLUMNS)
     columns = [*JOB_COLUMNS, *settings, *METRICS]
     rows = [{column: _cell(row.get(column)) for column in columns} for row in rows]
     paths = [folder / f"{TABLE}.csv"]
-    partial = folder / f".{TABLE}.csv"
-    with partial.open("w", encoding="utf-8", newline="", errors="backslashreplace") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, paths[0])
+    write_csv(paths[0], columns, rows)
     if rows and util.find_spec("pyarrow") is not None:
         paths.append(folder / f"{TABLE}.parquet")
         _write_parquet(paths[1], rows)
@@ -164,11 +171,12 @@ def write_table(folder: Path, rows: list[Row]) -> list[Path]:
 
 
 def _cell(value: Any) -> Any:
-    """Lists are JSON texts, so that a table has one value a cell."""
+    """The value of a cell, which is one: a list becomes a JSON text."""
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
-def _write_parquet(path: Path, rows: list[Row]) -> None:
+def _write_parquet(path: Path, rows: list[SweepRow]) -> None:
+    """Writes a parquet file, atomically."""
     import pyarrow
     import pyarrow.parquet
 
@@ -184,11 +192,12 @@ def _write_parquet(path: Path, rows: list[Row]) -> None:
 
 
 def _as(kind: type, value: Any) -> Any:
+    """A value as this type; None stays None."""
     return None if value is None else kind(value)
 
 
-def read_table(path: Path) -> list[Row]:
-    """Rows of a table.csv or table.parquet. Raises ValueError for what is no table."""
+def read_table(path: Path) -> list[SweepRow]:
+    """The rows of a table.csv or table.parquet. Raises ValueError for what is no table."""
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
@@ -200,7 +209,7 @@ def read_table(path: Path) -> list[Row]:
 
 
 def _value(cell: Any) -> Any:
-    """What a cell held before it became text."""
+    """The value that a cell held before it became text."""
     if not isinstance(cell, str):
         return cell
     if cell in ("", "True", "False"):

@@ -33,13 +33,17 @@ from tests.support.all_caches import read_prompt, space_on
 from tests.support.tiny_models import random_prompt, save_checkpoint, tiny_config
 from tiers import pinned_host_tier
 from tiers.base import BlockShape, CacheShape, Segment
+from tiers.block_layer import BlockLayer
+from tiers.block_writer import BlockWriter
+from tiers.device_layer import DeviceLayer
 from tiers.device_tier import DeviceTier
 from tiers.disk_tier import DiskTier
-from tiers.full_cache import BlockLayer, DeviceLayer, FullCache
+from tiers.full_cache import FullCache
 from tiers.pinned_host_tier import PinnedHostTier, can_pin
 from tiers.planning.memory import process_bytes
-from tiers.transfer import BlockWriter, CudaBlockStreamer, make_streamer
-from workers.attention.attend import ForwardPass, active, attend
+from tiers.transfer import CudaBlockStreamer, make_streamer
+from workers.attention.attend import attend
+from workers.attention.forward_pass import ForwardPass, active
 
 pytestmark = [
     pytest.mark.gpu,
@@ -396,7 +400,8 @@ def greedy_on_cuda(folder) -> list[int]:
 
 
 def generate(folder, mode: Mode, drafter: str, graphs: CudaGraphs = CudaGraphs.off, **full) -> list[int]:
-    from launch.assembly.engine import build, prepare
+    from launch.assembly.engine import build
+    from tests.support.tiny_runs import task_for
 
     config = RunConfig(
         model=ModelConfig(target=str(folder), drafter=drafter, dtype=Dtype.float32),
@@ -411,7 +416,7 @@ def generate(folder, mode: Mode, drafter: str, graphs: CudaGraphs = CudaGraphs.o
         placement=PlacementConfig(device="cuda"),
         output=tempfile.gettempdir(),
     )
-    with closing(build(config, prepare(config), PROMPT, NUM_TOKENS, seed=0)) as engine:
+    with closing(build(task_for(config, PROMPT, NUM_TOKENS))) as engine:
         hierarchy = engine.hierarchy
         hierarchy.start()
         while not hierarchy.session.is_finished:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from conf.schema import Mode, SamplingConfig
-from orchestrator.hierarchy import Hierarchy, Round
+from orchestrator.hierarchy import Hierarchy
 from orchestrator.metrics import Metrics
+from orchestrator.round import Round
 from tests.support.enumeration import outcomes
 from tests.support.toy_models import EXACT, Setup, make_setup, random_table
 from workers.acceptance import KeyedRandom

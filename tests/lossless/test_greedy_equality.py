@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conf.schema import LOOKUP_DRAFTER, NO_DRAFTER, ChunkDtype, ChunkRule, Mode
+from conf.schema import LOOKUP_DRAFTER, NO_DRAFTER, ChunkDtype, Mode, RetrievalRuleName
 from tests.support.tiny_models import FAMILIES, WINDOW, greedy_tokens, random_prompt
 from tests.support.tiny_runs import ALL, CHUNK, DEVICE, DISK, HOST, generate, tiny_run
 
@@ -80,7 +80,7 @@ def wanted(pair):
 def test_every_setting_gives_the_same_tokens(pair, wanted, gamma1, gamma2, budget, rebuild):
     index = SETTINGS.index((gamma1, gamma2, budget, rebuild))
     drafter = (pair[1], pair[0], LOOKUP_DRAFTER, NO_DRAFTER)[index % 4]
-    rule = list(ChunkRule)[index // 2 % 2]
+    rule = list(RetrievalRuleName)[index // 2 % 2]
     knobs = {"gamma1": gamma1, "gamma2": gamma2, "budget": budget, "rebuild": rebuild, "rule": rule}
     config = tiny_run(pair[0], drafter, triforce, (HOST, DEVICE)[index % 2], **knobs)
     assert generate(config, random_prompt(NUM_PROMPT_TOKENS), NUM_TOKENS).tokens == wanted

@@ -42,9 +42,10 @@ def main(folder: Path, kind: str) -> int:
 
 
 def result_of(company, config: RunConfig, prompt: list[int], num_tokens: int, seed: int) -> dict[str, Any]:
-    from launch.assembly.engine import prepare
+    from launch.processes.remote_engine import build_remote
+    from tests.support.tiny_runs import task_for
 
-    engine = company.build(config, prepare(config), prompt, num_tokens, seed)
+    engine = build_remote(task_for(config, prompt, num_tokens, seed), company)
     hierarchy = engine.hierarchy
     rounds = [hierarchy.start()]
     while not hierarchy.session.is_finished:

@@ -11,7 +11,7 @@ import torch.multiprocessing
 PRELOADED = [
     "torch",
     "transformers",
-    "workers.models.pretrained",
+    "workers.models.loading",
     "workers.parallel.collectives",
     "tests.support.tiny_runs",
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conf.schema import ChunkRule, Coupling, Mode, Overlap, PlacementKind, SamplingConfig
+from conf.schema import Coupling, Mode, Overlap, PlacementKind, RetrievalRuleName, SamplingConfig
 from tests.multiprocess.forked_runs import Case, run_many
 from tests.support.tiny_models import greedy_tokens, random_prompt
 from tests.support.tiny_runs import DEVICE, DISK, HOST, generate, tiny_run
@@ -34,10 +34,10 @@ def cases(checkpoints) -> dict[str, Case]:
     configs = {
         "greedy": tiny_run(target, target),
         "greedy_host": tiny_run(target, other, tier=HOST, rebuild="2"),
-        "greedy_disk": tiny_run(target, target, tier=DISK, rule=ChunkRule.mean_key, rebuild="2"),
+        "greedy_disk": tiny_run(target, target, tier=DISK, rule=RetrievalRuleName.mean_key, rebuild="2"),
         "greedy_uneven_heads": tiny_run(uneven, uneven, tier=HOST, summary_tokens=0),
         "maximal_shared_heads": tiny_run(shared, shared, sampling=MAXIMAL),
-        "maximal_shared_keys": tiny_run(shared, shared, sampling=MAXIMAL, rule=ChunkRule.mean_key, rebuild="2"),
+        "maximal_shared_keys": tiny_run(shared, shared, sampling=MAXIMAL, rule=RetrievalRuleName.mean_key, rebuild="2"),
         "gumbel_lookup": tiny_run(target, "lookup", Mode.streaming, sampling=GUMBEL),
         "maximal": tiny_run(target, target, sampling=MAXIMAL),
         "maximal_retrieval": tiny_run(target, "none", Mode.retrieval, sampling=MAXIMAL, tier=HOST),

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from conf.schema import ChunkRule
-from launch.assembly import engine
+from conf.schema import RetrievalRuleName
 from launch.assembly import role_builder as roles
+from launch.assembly.prepare import prepare
 from tests.multiprocess.process_group import run_ranks
 from tests.support.tiny_models import greedy_tokens, random_prompt
 from tests.support.tiny_runs import DEVICE, DISK, HOST, generate, tiny_run
-from workers.models.pretrained import load_model
+from workers.models.loading import load_model
 from workers.parallel.collectives import SharedMemoryAllReduce, has_ordered_stores
 from workers.parallel.shard import Shard
 
@@ -29,31 +29,28 @@ SIZE = 2
 ONE_KV_HEAD = {"num_key_value_heads": 1}
 """Shared by both ranks."""
 RUNS = [
-    ("llama", {}, DEVICE, ChunkRule.attention),
-    ("llama", {}, DISK, ChunkRule.mean_key),
-    ("llama", ONE_KV_HEAD, HOST, ChunkRule.attention),
-    ("phi3", {}, HOST, ChunkRule.attention),
+    ("llama", {}, DEVICE, RetrievalRuleName.attention),
+    ("llama", {}, DISK, RetrievalRuleName.mean_key),
+    ("llama", ONE_KV_HEAD, HOST, RetrievalRuleName.attention),
+    ("phi3", {}, HOST, RetrievalRuleName.attention),
 ]
 
 
 def run_all(rank: int, folder: str, targets: list[str], drafter: str) -> None:
     """This rank's tokens of every run, to `folder`."""
     torch.set_num_threads(1)
-    shard, prepare = Shard(rank, SIZE), engine.prepare
+    shard = Shard(rank, SIZE)
     all_reduce = SharedMemoryAllReduce(
         Path(folder, "sums"), shard, timeout_seconds=TIMEOUT_SECONDS, start_timeout_seconds=TIMEOUT_SECONDS
     )
 
-    def prepare_part(config):
-        prepared = prepare(config)
-        return replace(prepared, target=prepared.target.sharded(shard))
-
-    engine.prepare = prepare_part
     roles.load_model = partial(load_model, all_reduce=all_reduce)
     tokens = []
     for target, (_, _, tier, rule) in zip(targets, RUNS, strict=True):
         config = tiny_run(target, drafter, tier=tier, rule=rule, rebuild="2", self_check=False)
-        tokens.append(generate(config, PROMPT, NUM_NEW_TOKENS).tokens)
+        prepared = prepare(config)
+        prepared = replace(prepared, target=prepared.target.sharded(shard))
+        tokens.append(generate(config, PROMPT, NUM_NEW_TOKENS, prepared=prepared).tokens)
     torch.save(tokens, Path(folder, f"tokens-{rank}"))
 
 

@@ -54,7 +54,7 @@ class TorchrunRun:
         return next(
             process
             for process in self.descendants()
-            if process.cmdline()[-1].endswith("worker_process.py") and process.environ()["RANK"] == str(rank)
+            if process.cmdline()[-1].endswith("worker_process") and process.environ()["RANK"] == str(rank)
         )
 
     def orchestrator(self) -> psutil.Process:

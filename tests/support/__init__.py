@@ -2,8 +2,8 @@
 
 - toy: Markov models of 2 to 10 symbols, their logits a table in float64. Every branch of a run over them can be walked,
   so that its law is known exactly. toy_models.py makes them and puts the real roles over them; enumeration.py walks.
-- tiny: random checkpoints of real architectures (llama, qwen2, ...), saved as a hub folder is, run by transformers or
-  by our engine. tiny_models.py makes them; tiny_runs.py runs the engine on them.
+- tiny: random checkpoints of real architectures (llama, qwen2, ...), saved as a hub folder is and run by transformers
+  or by our engine. tiny_models.py makes them; tiny_runs.py runs the engine on them.
 
 Contracts: all_caches.py has every cache in every tier, for the tests that hold each to a plain reference.
 

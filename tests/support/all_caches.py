@@ -15,15 +15,18 @@ from functools import partial
 import torch
 
 from tiers.base import BlockShape, CacheShape, Segment, padded
+from tiers.block_layer import BlockLayer
+from tiers.block_writer import BlockWriter
+from tiers.device_layer import DeviceLayer
 from tiers.device_tier import DeviceTier
 from tiers.disk_tier import DiskTier
-from tiers.full_cache import BlockLayer, DeviceLayer, FullCache
+from tiers.full_cache import FullCache
 from tiers.pinned_host_tier import PinnedHostTier
 from tiers.quantisation import allocate_quantised, dequantise, quantise
 from tiers.quantised_retrieval_cache import QuantisedRetrievalCache, make_retrieval_cache
 from tiers.retrieval_cache import LayerUpdate, RetrievalCache, RetrievalUpdate
 from tiers.streaming_llm_cache import StreamingLLMCache
-from tiers.transfer import BlockWriter, make_streamer
+from tiers.transfer import make_streamer
 
 CPU = torch.device("cpu")
 SHAPE = CacheShape(num_layers=2, num_kv_heads=2, head_dim=4, dtype=torch.float32)

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from conf.schema import PlacementConfig, PlacementKind
-from orchestrator.crew import BEAT, GUARD, PROCESS, Crew, TimeLimits
+from orchestrator.crew import Crew
+from orchestrator.health import TimeLimits
+from orchestrator.members import BEAT, GUARD, PROCESS
 from orchestrator.placement import place
 from workers.messages import Beat, Built, Call, Failure, Hello, Message, Ping, Plain, Reply, Request
 from workers.process.channel import ChannelError
@@ -82,6 +84,10 @@ class FakeHub:
 
     def close(self) -> None:
         self.sent.append(("", None))
+
+    @property
+    def last_call_id(self) -> int:
+        return max(message.id for _, message in self.sent if isinstance(message, Call))
 
     def requests_to(self, peer: str) -> list[Request]:
         return [message.request for to, message in self.sent if to == peer and isinstance(message, Call)]

@@ -12,8 +12,10 @@ from tiers.device_tier import DeviceTier
 from tiers.retrieval.context_summary import Summary
 from tiers.retrieval_cache import LayerUpdate, RetrievalCache, RetrievalUpdate
 from tiers.streaming_llm_cache import StreamingLLMCache
-from workers.models.cached_models import CausalModel, RetrievalModel, StreamingModel
+from workers.models.causal_model import CausalModel
 from workers.models.cuda_graphs import RecordedModel, Recorder
+from workers.models.retrieval_model import RetrievalModel
+from workers.models.streaming_model import StreamingModel
 
 SHAPE = CacheShape(num_layers=2, num_kv_heads=2, head_dim=8, dtype=torch.float32)
 """Of the tiny Llama in fp32."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from conf.schema import (
     CacheConfig,
     ChunkDtype,
-    ChunkRule,
     DecodingConfig,
     DiskConfig,
     Dtype,
@@ -22,14 +21,18 @@ from conf.schema import (
     ModelConfig,
     PlacementConfig,
     RetrievalCacheConfig,
+    RetrievalRuleName,
     RunConfig,
     SamplingConfig,
     StreamingCacheConfig,
     TiersConfig,
 )
-from launch.assembly import engine
-from orchestrator.hierarchy import Hierarchy, Round
+from launch.assembly.engine import LocalEngine, build
+from launch.assembly.prepare import Prepared, prepare
+from launch.assembly.task import Task
+from orchestrator.hierarchy import Hierarchy
 from orchestrator.rebuild_policy import RebuildPolicy
+from orchestrator.round import Round
 from orchestrator.session import Session
 from orchestrator.text_stream import TextStream
 
@@ -51,7 +54,7 @@ def tiny_run(
     gamma2: int = 6,
     budget: int = 4 * CHUNK,
     rebuild: str = "adaptive",
-    rule: ChunkRule = ChunkRule.attention,
+    rule: RetrievalRuleName = RetrievalRuleName.attention,
     chunk_dtype: ChunkDtype = ChunkDtype.auto,
     summary_tokens: int = 2 * CHUNK,
     sinks: int = 4,
@@ -107,10 +110,25 @@ class Generated:
         return [step for record in self.rounds for step in record.inner_steps]
 
 
+def task_for(
+    config: RunConfig, prompt: list[int], num_tokens: int, seed: int = 0, prepared: Prepared | None = None
+) -> Task:
+    """The task of a run; `prepared` if it is not what the configuration says."""
+    return Task(
+        config=config,
+        prepared=prepared or prepare(config),
+        prompt_ids=prompt,
+        max_new_tokens=num_tokens,
+        seed=seed,
+    )
+
+
 @contextmanager
-def engine_for(config: RunConfig, prompt: list[int], num_tokens: int, seed: int = 0) -> Iterator[engine.Engine]:
-    """The engine, closed at the end."""
-    built = engine.build(config, engine.prepare(config), prompt, num_tokens, seed)
+def engine_for(
+    config: RunConfig, prompt: list[int], num_tokens: int, seed: int = 0, prepared: Prepared | None = None
+) -> Iterator[LocalEngine]:
+    """The engine of a task (see `task_for`), closed at the end."""
+    built = build(task_for(config, prompt, num_tokens, seed, prepared))
     try:
         yield built
     finally:
@@ -124,8 +142,11 @@ def run_to_end(hierarchy: Hierarchy) -> list[Round]:
     return rounds
 
 
-def generate(config: RunConfig, prompt: list[int], num_tokens: int, seed: int = 0) -> Generated:
-    with engine_for(config, prompt, num_tokens, seed) as built:
+def generate(
+    config: RunConfig, prompt: list[int], num_tokens: int, seed: int = 0, prepared: Prepared | None = None
+) -> Generated:
+    """The whole text of a task; see `task_for`."""
+    with engine_for(config, prompt, num_tokens, seed, prepared) as built:
         rounds = run_to_end(built.hierarchy)
         session = built.hierarchy.session
         num_bytes = int(built.streaming_report()["bytes"])

@@ -112,7 +112,7 @@ class MarkovModel:
 
 
 class SlowVerifier:
-    """A verifier that takes as long as `num_steps` steps of drafting; see orchestrator.hierarchy.VerifierRole."""
+    """A verifier that takes as long as `num_steps` steps of drafting; see orchestrator.roles.VerifierRole."""
 
     def __init__(self, verifier: TargetVerifier, num_steps: int):
         self.verifier, self.model, self.num_steps = verifier, verifier.model, num_steps

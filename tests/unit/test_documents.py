@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conf.schema import LOOKUP_DRAFTER, Mode
-from launch.assembly.engine import prepare
+from launch.assembly.prepare import prepare
 from tests.support.tiny_models import greedy_tokens
 from tests.support.tiny_runs import DISK, engine_for, run_to_end, tiny_run
 

@@ -18,21 +18,21 @@ THIRD_PARTY_FENCES = {
     "cupy": ("tiers/pinned_host_tier.py",),
     "rich": ("orchestrator/display.py", "launch/"),
     "transformers": (
-        "workers/models/cached_models.py",
-        "workers/attention/attend.py",
-        "workers/models/pretrained.py",
-        "workers/models/rotary.py",
-        "workers/models/sharded_weights.py",
-        "launch/train_demo.py",
-        "launch/benchmark/peers.py",
+        "workers/models/",
+        "workers/attention/forward_pass.py",
+        "launch/demo_pair/",
+        "launch/analysis/needle_prompt.py",
+        "launch/measure/gpu_transformers.py",
+        "launch/benchmark/gguf_export.py",
+        "launch/benchmark/shared_models.py",
         "launch/benchmark/transformers_peers.py",
     ),
     "datasets": ("launch/prompts/published_texts.py",),
     "gguf": ("launch/benchmark/gguf_export.py",),
     "llama_cpp": ("launch/benchmark/llama_cpp_peer.py",),
-    "tokenizers": ("launch/train_demo.py", "launch/demo_pair/corpus.py"),
-    "safetensors": ("workers/models/pretrained.py", "workers/models/sharded_weights.py", "launch/widen.py"),
-    "accelerate": ("workers/models/sharded_weights.py",),
+    "tokenizers": ("launch/demo_pair/corpus.py",),
+    "safetensors": ("workers/models/facts.py", "workers/models/sharded_weights.py", "launch/demo_pair/checkpoint.py"),
+    "accelerate": ("workers/models/skeleton.py",),
     "matplotlib": ("launch/",),
     "pyarrow": ("launch/sweeps/table.py",),
     "psutil": ("tiers/planning/memory.py",),
@@ -43,7 +43,11 @@ THIRD_PARTY_FENCES = {
 CACHES_MAY_IMPORT = (
     "tiers.base",
     "tiers.errors",
+    "tiers.link",
     "tiers.transfer",
+    "tiers.block_writer",
+    "tiers.device_layer",
+    "tiers.block_layer",
     "tiers.full_cache",
     "tiers.retrieval",
     "tiers.retrieval_cache",
@@ -114,9 +118,9 @@ def test_roles_meet_in_the_hierarchy_alone(role):
 
 @pytest.mark.parametrize(
     "path",
-    sorted((ROOT / "tiers").glob("*_cache.py"))
+    sorted([*(ROOT / "tiers").glob("*_cache.py"), *(ROOT / "tiers").glob("*_layer.py")])
     + [path for path in sorted((ROOT / "tiers/retrieval").glob("[a-z]*.py"))]
-    + [ROOT / "tiers/transfer.py"],
+    + [ROOT / "tiers/transfer.py", ROOT / "tiers/block_writer.py"],
     ids=name_of,
 )
 def test_caches_are_told_where_their_memory_is(path):

@@ -8,7 +8,7 @@ import yaml
 
 from conf.schema import RunConfig
 from launch.benchmark.config import BenchConfig
-from launch.plan import PlanConfig
+from launch.forecast.config import PlanConfig
 from launch.sweeps.config import SweepConfig
 
 ROOT = Path(__file__).resolve().parents[2]

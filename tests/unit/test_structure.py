@@ -11,10 +11,12 @@ from pathlib import Path
 from tests.support.source_code import MODULES, ROOT, imports_of, name_of
 
 LAYERS = (
-    ("command_line", "prompts", "demo_pair"),
+    ("command_line",),
+    ("prompts",),
+    ("demo_pair",),
     ("assembly",),
     ("processes",),
-    ("benchmark", "sweeps", "analysis"),
+    ("forecast", "benchmark", "sweeps", "analysis"),
     ("measure",),
 )
 """Rooms of launch: each may import itself and rooms of the layers before its own. The programs, files directly in

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Speeds:
-    """Of one device and its connections; GB are 1e9 bytes."""
+    """Speeds of one device and its connections; GB are 1e9 bytes."""
 
     num_devices: int
     device_gb_per_s: float
@@ -27,9 +27,9 @@ class ModelCost:
 
     num_layers: int
     weight_bytes: int
-    """Read in a pass."""
+    """Bytes read in a pass."""
     num_parameters: int
-    """Multiplied with each token."""
+    """Parameters multiplied with each token."""
     attention_width: int
     """Query heads times head dimension."""
     kv_bytes_per_token: int
@@ -44,7 +44,10 @@ class Streamed:
 
 
 def forward_seconds(speeds: Speeds, model: ModelCost, num_rows: int, num_keys: int, streamed: Streamed) -> float:
-    """A pass of `num_rows` new tokens over `num_keys` keys; devices share weights, heads and links evenly."""
+    """Seconds of a pass of `num_rows` new tokens over `num_keys` keys.
+
+    Devices share weights, heads and links evenly.
+    """
     devices = speeds.num_devices
     read = (model.weight_bytes + num_keys * model.kv_bytes_per_token) / speeds.device_gb_per_s / 1e9
     products = 2 * num_rows * (model.num_parameters + 2 * model.num_layers * model.attention_width * num_keys)
@@ -55,13 +58,14 @@ def forward_seconds(speeds: Speeds, model: ModelCost, num_rows: int, num_keys: i
 
 
 def dequantise_seconds(speeds: Speeds, model: ModelCost, num_keys: int, quantised_bytes: int) -> float:
-    """What a pass takes longer over keys in `quantised_bytes`: read them, write, read and write them as the model's."""
+    """Seconds that a pass takes longer over keys in `quantised_bytes`: it reads them, and writes, reads and writes them
+    as the model's."""
     moved = quantised_bytes + 3 * num_keys * model.kv_bytes_per_token
     return moved / speeds.num_devices / speeds.device_gb_per_s / 1e9
 
 
 def prefill_seconds(speeds: Speeds, model: ModelCost, num_tokens: int, streamed: Streamed) -> float:
-    """Reads a prompt, each layer once over all of it; its keys and values leave for their tiers meanwhile."""
+    """Seconds of reading a prompt, each layer once over all of it, as its keys and values leave for their tiers."""
     products = 2 * num_tokens * model.num_parameters
     products += 2 * model.num_layers * model.attention_width * num_tokens**2  # causal: half of all pairs
     computed = products / speeds.device_tflops / 1e12 / speeds.num_devices
@@ -69,15 +73,15 @@ def prefill_seconds(speeds: Speeds, model: ModelCost, num_tokens: int, streamed:
 
 
 def expected_tokens(acceptance: float, num_proposed: int) -> float:
-    """Of one verification, its own token included, where each proposed token is accepted with `acceptance`."""
+    """Mean number of tokens of one verification, its own included, each proposed one accepted with `acceptance`."""
     if acceptance >= 1:
         return num_proposed + 1
     return (1 - acceptance ** (num_proposed + 1)) / (1 - acceptance)
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
-class Round:
-    """A verification and the drafting before it: its parts in seconds, and the tokens it gives."""
+class RoundCost:
+    """Cost of a verification and the drafting before it: seconds of its parts, and the tokens it gives."""
 
     draft_seconds: float
     retrieval_seconds: float
@@ -88,7 +92,7 @@ class Round:
 
     @property
     def seconds_per_token(self) -> float:
-        """The time between tokens."""
+        """Time between tokens."""
         return (self.draft_seconds + self.retrieval_seconds + self.verify_seconds) / self.num_tokens
 
 
@@ -101,13 +105,13 @@ def triforce_round(
     gamma2: int,
     draft_acceptance: float,
     retrieval_acceptance: float,
-) -> Round:
-    """Of seconds of a drafter's step, a step of the retrieval draft (over γ1 drafted tokens) and a verification.
+) -> RoundCost:
+    """A round, from the seconds of a drafter's step, of a retrieval draft's (over γ1 tokens) and of a verification.
 
     Steps go on until γ2 tokens are there; with gamma1 = 0 there is no drafter, and each step gives one token.
     """
     num_steps = gamma2 / expected_tokens(draft_acceptance, gamma1)
-    return Round(
+    return RoundCost(
         draft_seconds=num_steps * gamma1 * draft_step,
         retrieval_seconds=num_steps * retrieval_step,
         verify_seconds=verify,

@@ -11,7 +11,7 @@ import torch
 
 CGROUP, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
-"""Limit and usage, of version 2 and of version 1."""
+"""Files with limit and usage, of version 2 and of version 1."""
 
 
 def host_free_bytes() -> int:
@@ -19,7 +19,7 @@ def host_free_bytes() -> int:
 
     A cgroup's usage includes cached pages of files, which the system drops when memory is asked for: not counted here.
     """
-    free = psutil.virtual_memory().available
+    free: int = psutil.virtual_memory().available
     for folder in _memory_cgroups():
         for limit_file, usage_file in CGROUP_FILES:
             try:
@@ -49,14 +49,14 @@ def _memory_cgroups() -> set[Path]:
 
 
 def lockable_memory() -> str:
-    """What `ulimit -l` says."""
+    """Limit of page-locked memory, as `ulimit -l` says it."""
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit >> 10} KiB"
 
 
 def process_bytes() -> tuple[int, int]:
-    """Memory of this process, now and at most so far: what of it is in RAM, libraries and Python included."""
-    now = psutil.Process().memory_info().rss
+    """Bytes of this process in RAM, now and at most so far, libraries and Python included."""
+    now: int = psutil.Process().memory_info().rss
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -77,22 +77,23 @@ def release_unused() -> None:
 
 
 def disk_free_bytes(folder: Path) -> int:
-    """Of the file system of `folder`, or of the folder that it will be made in."""
+    """Free bytes of the file system of `folder`, or of the folder that it will be made in."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
-    return psutil.disk_usage(str(folder)).free
+    free: int = psutil.disk_usage(str(folder)).free
+    return free
 
 
 def num_idle_cores() -> int:
-    """Of the cores that this process may use, within the cgroup's quota; at least one. Looks for a quarter of a second.
+    """Number of idle cores that this process may use, within the cgroup's quota; at least one. Takes 0.25 s.
 
     A thread on a core that another program keeps busy holds up all others after every operation: with it a run takes
     many times longer than without.
     """
     mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     busy_percent = psutil.cpu_percent(interval=0.25, percpu=True)
-    num_idle = len(mine) - sum(percent for core, percent in enumerate(busy_percent) if core in mine) / 100
+    num_idle: float = len(mine) - sum(percent for core, percent in enumerate(busy_percent) if core in mine) / 100
     try:
         quota, period = (CGROUP / "cpu.max").read_text().split()
     except OSError:

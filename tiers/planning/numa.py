@@ -31,6 +31,6 @@ def bind_to_node_of(pci_address: str) -> int | None:
 
 
 def _cores_of(text: str) -> set[int]:
-    """Of a list as the system writes it: 0-15,32-47."""
+    """Cores in a list as the system writes it: 0-15,32-47."""
     ranges = [part.split("-") for part in text.strip().split(",") if part]
     return {core for bounds in ranges for core in range(int(bounds[0]), int(bounds[-1]) + 1)}

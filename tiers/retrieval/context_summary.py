@@ -1,4 +1,4 @@
-"""What the retrieval draft sees of the tokens that were not chosen: groups of them, each as one key and one value.
+"""A summary of the tokens that were not chosen, for the retrieval draft: groups of them, each as one key and value.
 
 n tokens whose keys are close to their mean k and whose values have the mean v add about exp(q·k + log n) v to a
 query's attention. Without them a draft gives all of the attention to what was chosen; that costs acceptance wherever
@@ -11,15 +11,16 @@ from dataclasses import dataclass
 
 import torch
 
-from tiers.base import CacheShape
+from tiers.base import CacheShape, Tier
 from tiers.full_cache import FullCache
 
-READ_TOKENS = 1024  # read from the cache at once, so that what is needed on the device stays small
+READ_TOKENS = 1024
+"""Tokens read from the cache at once: few, so that what is needed on the device stays small."""
 
 
 @dataclass(slots=True)
 class Summary:
-    """Mean keys and values [H, S, D] of groups of tokens, and the logarithm of how many each stands for [H, S]."""
+    """Mean keys and values [H, S, D] of S groups of tokens, and the logarithm [H, S] of how many each stands for."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -29,7 +30,7 @@ class Summary:
 class ContextSummary:
     """Means of keys and values over groups of `group_tokens` consecutive tokens, of each layer of a full cache."""
 
-    def __init__(self, shape: CacheShape, capacity: int, group_tokens: int, tier):
+    def __init__(self, shape: CacheShape, capacity: int, group_tokens: int, tier: Tier):
         self.group_tokens = group_tokens
         heads, dim, num_groups = shape.num_kv_heads, shape.head_dim, capacity // group_tokens
         self._means = tier.allocate(shape.num_layers, 2, heads, num_groups, dim, dtype=shape.dtype)
@@ -38,6 +39,7 @@ class ContextSummary:
         self.reset()
 
     def reset(self) -> None:
+        """Forgets all tokens: the sequence will be read from its first one."""
         self._begun.zero_()
         self._num_tokens = [0] * self._num_layers
 
@@ -60,13 +62,16 @@ class ContextSummary:
         self._num_tokens[layer] = end
 
     def catch_up(self, cache: FullCache) -> None:
-        """Takes the cache's tokens, which must be final."""
+        """Takes the tokens of `cache` that are not known yet; all of them must be final."""
         for layer in range(self._num_layers):
             for start in range(self._num_tokens[layer], cache.length, READ_TOKENS):
                 self.observe(layer, start, *cache.read(layer, start, min(start + READ_TOKENS, cache.length)))
 
     def rest(self, layer: int, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Summary:
-        """Of all complete groups, without the tokens at `positions` [H, n], whose keys and values are `k`, `v`."""
+        """Summary of all complete groups, without the tokens at `positions` [H, n].
+
+        Their keys and values are `k`, `v` [H, n, D].
+        """
         num_groups = self._num_tokens[layer] // self.group_tokens
         heads, dim = k.shape[0], k.shape[2]
         sums = torch.zeros(2, heads, num_groups + 1, dim, device=k.device)  # the last one for tokens of no such group

@@ -1,4 +1,4 @@
-"""What the retrieval cache gets from the full cache: chosen chunks at a rebuild, true keys and values in between."""
+"""Updates of the retrieval cache from the full cache: chosen chunks at a rebuild, true keys and values in between."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from tiers.base import tokens_of_chunks
 from tiers.full_cache import FullCache
 from tiers.retrieval.context_summary import ContextSummary, Summary
-from tiers.retrieval.mean_key_rule import ChunkRule
+from tiers.retrieval.rule import RetrievalRule
 from tiers.retrieval_cache import LayerUpdate, RetrievalUpdate
 
 
@@ -38,7 +38,7 @@ class RetrievalSelection:
     def __init__(
         self,
         cache: FullCache,
-        rule: ChunkRule,
+        rule: RetrievalRule,
         windows: list[int | None],
         budget: int,
         newest_share: float,
@@ -52,12 +52,12 @@ class RetrievalSelection:
         self._num_sent = 0
 
     def reset(self) -> None:
-        """A new sequence."""
+        """Forgets the sequence: a new one begins."""
         self.rule.reset()
         self.begin_reading()
 
     def begin_reading(self) -> None:
-        """The sequence will be read, or read again, from its first token."""
+        """Tells that the sequence will be read, or read again, from its first token."""
         self.rule.begin_reading()
         if self._summary is not None:
             self._summary.reset()
@@ -71,7 +71,7 @@ class RetrievalSelection:
             self._summary.observe(layer, start, k, v)
 
     def follow(self, queries: dict[int, torch.Tensor]) -> RetrievalUpdate:
-        """Keys and values of the tokens since the last update; `queries` as for `rebuild`."""
+        """Brings keys and values of the tokens since the last update; `queries` as for `rebuild`."""
         start, num_tokens = min(self._num_sent, self._cache.length), self._cache.length
         self._num_sent = num_tokens
         layers = range(len(self._windows)) if start < num_tokens else ()
@@ -80,11 +80,11 @@ class RetrievalSelection:
             self.rule.catch_up(self._cache)
             self._ahead = self._new_choice()
             for layer in self._ahead_buffers:
-                self._choose_ahead(layer, queries[layer])
+                self._choose_ahead(layer, queries[layer], self._ahead)
         return RetrievalUpdate(is_rebuild=False, start=start, length=num_tokens, layers=new)
 
     def rebuild(self, queries: dict[int, torch.Tensor]) -> RetrievalUpdate:
-        """The chunks that matter to `queries` (per layer [H, G, T, D], T >= 1); all of the cache's tokens are final."""
+        """Brings the chunks that matter to `queries` (per layer [H, G, T, D], T >= 1); all tokens must be final."""
         self.rule.catch_up(self._cache)
         if self._summary is not None:
             self._summary.catch_up(self._cache)
@@ -96,14 +96,16 @@ class RetrievalSelection:
         return RetrievalUpdate(is_rebuild=True, start=0, length=self._cache.length, layers=layers)
 
     def _new_choice(self) -> _Choice:
+        """A choice of no layer yet, among the tokens that there are now."""
         return _Choice(self._cache.length, self.budget, {})
 
-    def _choose_ahead(self, layer: int, q: torch.Tensor) -> None:
-        ids = self._ahead.chunk_ids[layer] = self._choose(layer, q, self._ahead)
+    def _choose_ahead(self, layer: int, q: torch.Tensor, choice: _Choice) -> None:
+        """Adds a layer to `choice`, and asks for its chunks to be copied in the next pass."""
+        ids = choice.chunk_ids[layer] = self._choose(layer, q, choice)
         self._cache.collect(layer, ids, self.rule.chunk_size, self._ahead_buffers[layer])
 
     def _choose(self, layer: int, q: torch.Tensor, choice: _Choice) -> torch.Tensor:
-        """Ids [H, m] of chunks among the choice's tokens, within its budget."""
+        """Ids [H, m] of the chunks chosen for `q` among the tokens of `choice`, within its budget."""
         size, window, num_tokens = self.rule.chunk_size, self._windows[layer], choice.num_tokens
         num_chunks = min(choice.budget, num_tokens) // size
         # The first chunk has its place, whatever the share.
@@ -111,14 +113,14 @@ class RetrievalSelection:
         oldest = 0 if window is None else max(0, num_tokens - window + 1)
         return self.rule.select(layer, q, num_tokens // size, num_chunks, num_newest, oldest)
 
-    def _summary_of_rest(self, layer: int, k, v, positions) -> Summary | None:
-        """A sliding window moves on past what is summed up: its layers do without."""
+    def _summary_of_rest(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> Summary | None:
+        """Summary of all but these tokens; None for a sliding window, which moves on past what is summed up."""
         if self._summary is None or self._windows[layer] is not None:
             return None
         return self._summary.rest(layer, positions, k, v)
 
     def _retrieve(self, layer: int, q: torch.Tensor, choice: _Choice) -> LayerUpdate:
-        """The chosen chunks, then the tokens behind the last chunk that could be chosen.
+        """Keys and values of the chosen chunks, then of the tokens behind the last chunk that could be chosen.
 
         A `choice` made ahead holds for the layers in it; the others choose now, as many, among the same chunks.
         """
@@ -136,6 +138,6 @@ class RetrievalSelection:
             k, v = torch.cat([k, k_rest], dim=1), torch.cat([v, v_rest], dim=1)
             rest = torch.arange(start_of_rest, num_tokens, device=ids.device)
             positions = torch.cat([positions, rest.expand(ids.shape[0], -1)], dim=1)
-        if layer in self._ahead_buffers:
-            self._choose_ahead(layer, q)
+        if self._ahead is not None and layer in self._ahead_buffers:
+            self._choose_ahead(layer, q, self._ahead)
         return LayerUpdate(k, v, positions, self._summary_of_rest(layer, k, v, positions))

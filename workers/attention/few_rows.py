@@ -13,26 +13,26 @@ from torch import nn
 MAX_LINEAR_ROWS = 128
 MAX_SUMMED_ROWS = 8
 MIN_VALUES, VALUES_AT_ONCE = 4096, 1024
-"""Sums over so many values are computed in parts."""
+"""Sums over at least so many values are computed in parts of so many."""
 
 
 def dot_products(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Of each of the rows [R, D] with each of many others [N, D]: [R, N]; a view with columns that are contiguous."""
+    """Products [R, N] of each of the rows [R, D] with each of many others [N, D]; a view with contiguous columns."""
     if rows.shape[0] == 1:
         return torch.mv(others, rows[0])[None]
     return torch.mm(others, rows.t()).t()
 
 
 def weighted_sums(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """weights [R, N] @ values [N, D] of the same dtype: [R, D] in fp32 (fp64 for fp64)."""
+    """Product [R, D] of weights [R, N] and values [N, D] of the same dtype, in fp32 (fp64 for fp64)."""
     num_rows, num_values = weights.shape
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     if num_rows > MAX_SUMMED_ROWS or num_values < MIN_VALUES:
         return torch.mm(weights, values).to(dtype)
     num_parts = num_values // VALUES_AT_ONCE
     end = num_parts * VALUES_AT_ONCE
-    parts = (num_parts, VALUES_AT_ONCE)
-    sums = torch.bmm(weights[:, :end].unflatten(1, parts).transpose(0, 1), values[:end].unflatten(0, parts))
+    weights_of_parts = weights[:, :end].view(num_rows, num_parts, VALUES_AT_ONCE).transpose(0, 1)
+    sums = torch.bmm(weights_of_parts, values[:end].view(num_parts, VALUES_AT_ONCE, -1))
     total = sums.sum(0, dtype=dtype)
     return total if end == num_values else total + torch.mm(weights[:, end:], values[end:])
 

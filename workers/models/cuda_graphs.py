@@ -19,43 +19,57 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tiers.fixed_slots import FixedSlots, SlotCache
-from workers.models.cached_models import CausalModel
+from workers.attention.forward_pass import PassCache
+from workers.models.causal_model import CausalModel
 
 logger = logging.getLogger(__name__)
 
 NUM_WARM_UPS = 3
 REPLAY_TOLERANCE = 0.05
-"""Of a replay's probabilities: a library may choose another kernel; those of a wrong graph are far off."""
+"""Largest difference of a replay's probabilities that passes.
+
+A library may choose another kernel for it; a wrong graph is far off.
+"""
 
 Run = Callable[[], torch.Tensor]
+"""Computes a pass from inputs at fixed addresses; returns its logits [T, V]."""
 
 
 class Recorder(Protocol):
+    """Records a pass, once for each number of tokens."""
+
     def __call__(self, run: Run) -> Run:
-        """What does again what `run` does, from the same inputs' addresses. Raises NotRecordableError."""
+        """A function that does again what `run` does, from the same inputs' addresses. Raises NotRecordableError."""
 
 
 class NotRecordableError(RuntimeError):
     """The pass has an operation that depends on data in a way that no graph can repeat."""
 
 
-class RecordedModel:
-    """`model` on `cache` alone: passes over up to `max_rows` tokens are recorded, longer ones computed as ever."""
+class RecordableCache(SlotCache, PassCache, Protocol):
+    """A cache that passes can be computed over as ever, and recorded."""
 
-    def __init__(self, model: CausalModel, cache: SlotCache, max_rows: int, record: Recorder):
+
+class RecordedModel:
+    """`model` on `cache` alone: passes over up to `max_rows` tokens are recorded, longer ones computed as ever.
+
+    `is_on` may be set: without it, all passes are computed as ever.
+    """
+
+    def __init__(self, model: CausalModel, cache: RecordableCache, max_rows: int, record: Recorder):
         self._model, self._cache, self._max_rows, self._record = model, cache, max_rows, record
         self.vocab_size, self.start_sequence = model.vocab_size, model.start_sequence
         self._steps: dict[int, _Step] = {}
         self.is_on = True
 
     @torch.inference_mode()
-    def forward(self, tokens: list[int], cache: SlotCache, num_logits: int) -> torch.Tensor:
+    def forward(self, tokens: list[int], cache: RecordableCache, num_logits: int) -> torch.Tensor:
         """See CausalModel.forward."""
         assert cache is self._cache, "another cache than the one that was recorded"
         if not self.is_on or len(tokens) > self._max_rows:
@@ -79,7 +93,7 @@ class RecordedModel:
 
 
 class _Step:
-    """The pass over so many tokens: what it reads is at the same addresses each time."""
+    """The pass over `num_tokens` tokens: what it reads is at the same addresses each time."""
 
     def __init__(self, model: CausalModel, cache: SlotCache, num_tokens: int):
         self._model, self._cache = model, cache
@@ -87,7 +101,7 @@ class _Step:
         self._replay: Run | None = None
 
     def take(self, tokens: list[int], first_position: int, first_slot: int, record: Recorder) -> torch.Tensor:
-        """Logits [T, V], the caller's own."""
+        """Computes the pass; logits [T, V] in memory of their own, so that the next replay leaves them as they are."""
         starts = (first_position, first_slot)
         self._inputs.copy_(torch.tensor([tokens, *(range(start, start + len(tokens)) for start in starts)]))
         if self._replay is None:
@@ -105,7 +119,8 @@ class CudaRecorder:
     """Records CUDA graphs on one device."""
 
     def __init__(self, device: torch.device):
-        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch gives it no types
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Run) -> Run:
@@ -121,11 +136,10 @@ class CudaRecorder:
         finally:
             current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        own_thread = {"capture_error_mode": "thread_local"}
         with (
             torch.cuda.device(self._device),
             torch.inference_mode(False),  # what a graph keeps of the generators' state is to be updated by anybody
-            torch.cuda.graph(graph, self._pool, self._stream, **own_thread),
+            torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
             torch.inference_mode(),
         ):
             result = run()
@@ -149,10 +163,19 @@ def run_anew(run: Run) -> Run:
     return run
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives the class no types
     """Within it, what a capture forbids raises NotRecordableError."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
+
+    def __torch_dispatch__(
+        self,
+        func: Any,  # an overload of an operation, for which torch has no public type
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         tags = set(func.tags)
         if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default):
             depends = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])

@@ -12,40 +12,72 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
-from workers.attention.attend import ForwardPass, KeysKnown, Progress, active
+from tiers.full_cache import LayerPrefill
+from workers.attention.forward_pass import ForwardPass, KeysKnown, Observers, Progress, active
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and named arguments of a call."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptObservers:
+    """Functions that see a prompt as it is read, piece by piece in each layer; see forward_pass.Observers.
+
+    `on_kv(layer, start, k, v)` sees keys and values [H, T, D] of a piece from position `start` on.
+    `on_mass(layer, mass, T)` sees the mean attention [H, N] of the piece's queries to every token so far, which takes
+    time and memory: it is for measuring.
+    """
+
+    on_kv: Callable[[int, int, torch.Tensor, torch.Tensor], None] | None = None
+    on_mass: Callable[[int, torch.Tensor, int], None] | None = None
+
+    def of_piece(self, start: int, num_new: int) -> Observers:
+        """Those of the pass over the piece of `num_new` tokens from position `start` on."""
+        on_kv, on_mass = self.on_kv, self.on_mass
+        return Observers(
+            on_qkv=None if on_kv is None else lambda layer, q, k, v: on_kv(layer, start, k, v),
+            on_mass=None if on_mass is None else lambda layer, mass: on_mass(layer, mass, num_new),
+            chunk_size=1,
+        )
+
+
+NOBODY_READS_ALONG = PromptObservers()
 
 
 class LayerMajor:
     """The decoder of a transformers model, one layer at a time."""
 
-    def __init__(self, hf_model, device: torch.device, progress: Progress):
-        self._decoder, self._device, self._progress = hf_model.get_decoder(), device, progress
-        self._layers = _decoder_layers(self._decoder)
+    def __init__(self, hf_model: PreTrainedModel, device: torch.device, progress: Progress):
+        untyped: Any = hf_model  # transformers gives get_decoder no types
+        self._decoder: nn.Module = untyped.get_decoder()
+        self._device, self._progress = device, progress
         config = hf_model.config.get_text_config()
-        self._hidden_size = config.hidden_size
+        self._layers = _decoder_layers(self._decoder, config.num_hidden_layers)
+        self._hidden_size: int = config.hidden_size
 
     @torch.inference_mode()
     def prefill(
         self,
         tokens: list[int],
-        make_layer_cache: Callable[[int], Any],
+        make_layer_cache: Callable[[int], LayerPrefill],
         piece_tokens: int,
         *,
         make_hidden: Callable[[int, int], torch.Tensor],
-        observe: Callable | None = None,
-        observe_mass: Callable | None = None,
+        observers: PromptObservers = NOBODY_READS_ALONG,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Reads `tokens` in pieces; `make_layer_cache(layer)` takes each layer's keys and values.
 
         `make_hidden(N, hidden size)` gives the tensor where hidden states wait, on the device or the host.
-        `observe(layer, start, k, v)` sees keys and values [H, T, D] of each piece; `on_progress(done, total)` counts
-        tokens through all layers. After the last keys no more is computed, unless `observe_mass(layer, mass, T)` asks
-        for the mean attention [H, N] of each piece's queries to every token, for measuring.
+        `on_progress(done, total)` counts tokens through all layers. After the last keys no more is computed, unless
+        an observer asks for the mass of attention.
         """
         num_layers, num_tokens = len(self._layers), len(tokens)
         hidden = make_hidden(num_tokens, self._hidden_size) if num_layers > 1 else None
@@ -55,31 +87,41 @@ class LayerMajor:
             for start in range(0, num_tokens, piece_tokens):
                 rows = slice(start, min(start + piece_tokens, num_tokens))
                 states, arguments = self._arguments(layer, input_ids[:, rows], start)
-                if layer:
+                if layer and hidden is not None:
                     states = hidden[rows].to(self._device, non_blocking=True)[None]
-                out = self._through(layer, states, arguments, cache, observe, observe_mass)
+                out = self._through(layer, states, arguments, cache, observers)
                 if out is not None and hidden is not None:
                     hidden[rows].copy_(out[0], non_blocking=True)
                 on_progress(layer * num_tokens + rows.stop, num_layers * num_tokens)
             cache.finish()
 
-    def _through(self, layer, states, arguments, cache, observe, observe_mass) -> torch.Tensor | None:
-        """The hidden states behind the layer, or None behind the last, whose keys are all that matters."""
+    def _through(
+        self,
+        layer: int,
+        states: torch.Tensor,
+        arguments: Arguments,
+        cache: LayerPrefill,
+        observers: PromptObservers,
+    ) -> torch.Tensor | None:
+        """The hidden states [1, T, hidden size] behind the layer; None behind the last, of which only keys matter."""
         start, num_new = cache.length, states.shape[1]
-        watched: dict[str, Any] = {}
-        if observe is not None:
-            watched["observe"] = lambda layer, q, k, v: observe(layer, start, k, v)
-        if observe_mass is not None:
-            watched |= {"observe_mass": lambda layer, mass: observe_mass(layer, mass, num_new), "chunk_size": 1}
-        keys_only = layer == len(self._layers) - 1 and observe_mass is None
-        with active(ForwardPass(cache, start, **watched, keys_only=keys_only, progress=self._progress), num_new):
+        now = ForwardPass(
+            cache,
+            start,
+            observers.of_piece(start, num_new),
+            keys_only=layer == len(self._layers) - 1 and observers.on_mass is None,
+            progress=self._progress,
+        )
+        with active(now, num_new):
             try:
-                out = self._layers[layer](states, *arguments[0], **arguments[1])
+                out: torch.Tensor | tuple[torch.Tensor, ...] = self._layers[layer](
+                    states, *arguments[0], **arguments[1]
+                )
             except KeysKnown:
                 return None
         return out[0] if isinstance(out, tuple) else out
 
-    def _arguments(self, layer: int, input_ids: torch.Tensor, start: int) -> tuple[torch.Tensor, tuple[tuple, dict]]:
+    def _arguments(self, layer: int, input_ids: torch.Tensor, start: int) -> tuple[torch.Tensor, Arguments]:
         """The embedded piece [1, T, hidden size], and what the decoder would give `layer` beside hidden states."""
         position_ids = torch.arange(start, start + input_ids.shape[1], device=self._device)[None]
         with self._noted() as notes:
@@ -89,14 +131,15 @@ class LayerMajor:
         return embedded, (tuple(others), named)
 
     @contextmanager
-    def _noted(self) -> Iterator[list[tuple[tuple, dict]]]:
+    def _noted(self) -> Iterator[list[Arguments]]:
         """Within it, layers do nothing but note their arguments, hidden states first."""
-        notes: list[tuple[tuple, dict]] = []
+        notes: list[Arguments] = []
 
-        def note(hidden_states, *args, **kwargs):
+        def note(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             notes.append(((hidden_states, *args), kwargs))
             # Always the same, whether the decoder takes an output or its first element: it is not used.
-            return notes[0][0][0]
+            first: torch.Tensor = notes[0][0][0]
+            return first
 
         own = [layer.__dict__.get("forward") for layer in self._layers]  # set by a library that wraps it, or none
         for layer in self._layers:
@@ -110,11 +153,10 @@ class LayerMajor:
                     layer.forward = forward
 
 
-def _decoder_layers(decoder) -> torch.nn.ModuleList:
+def _decoder_layers(decoder: nn.Module, num_layers: int) -> nn.ModuleList:
     """The list of the decoder's layers, in each of which one module knows its layer's number."""
-    num_layers = decoder.config.get_text_config().num_hidden_layers
     for module in decoder.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers:
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             numbers = [{getattr(part, "layer_idx", None) for part in layer.modules()} - {None} for layer in module]
             if numbers == [{number} for number in range(num_layers)]:
                 return module

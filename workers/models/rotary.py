@@ -8,12 +8,17 @@ decoding uses, which reads the prompt in one pass and then one token a pass.
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 LENGTH_DEPENDENT_TYPES = ("dynamic", "longrope")
 POSITIONS_AHEAD = 64
-"""Computed at once where a table grows, so that it is not copied for each token."""
+"""Positions computed at once where a table grows, so that it is not copied for each token."""
+
+Rotations = tuple[torch.Tensor, torch.Tensor]
+"""cos and sin [1, T, D] of some positions."""
 
 
 class RotaryTable(torch.nn.Module):
@@ -25,20 +30,20 @@ class RotaryTable(torch.nn.Module):
     def __init__(self, rotary: torch.nn.Module):
         super().__init__()
         self.rotary = rotary
-        self._rows: dict[str | None, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._rows: dict[str | None, Rotations] = {}
         self._num_prompt_tokens = 1
         self._lock = threading.Lock()
 
     def read_prompt(self, num_tokens: int) -> None:
-        """A new sequence: its first `num_tokens` positions are computed in one pass."""
+        """Begins a sequence whose first `num_tokens` positions are computed in one pass."""
         self._rows, self._num_prompt_tokens = {}, num_tokens
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None):
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> Rotations:
         cos, sin = self._known_to(int(position_ids.max()), x, layer_type)
         return cos[:, position_ids[0]], sin[:, position_ids[0]]
 
-    def _known_to(self, last: int, x: torch.Tensor, layer_type: str | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of the positions up to `last`. The model's roles may ask at the same time, from their streams."""
+    def _known_to(self, last: int, x: torch.Tensor, layer_type: str | None) -> Rotations:
+        """Rotations of the positions up to `last`. Roles that share the model may ask at the same time."""
         with self._lock:
             known = self._rows.get(layer_type)
             if known is None or known[0].shape[1] <= last:
@@ -47,7 +52,8 @@ class RotaryTable(torch.nn.Module):
                     torch.cuda.current_stream(x.device).synchronize()
         return known
 
-    def _grown(self, known, last: int, x: torch.Tensor, layer_type: str | None):
+    def _grown(self, known: Rotations | None, last: int, x: torch.Tensor, layer_type: str | None) -> Rotations:
+        """The table `known`, or a new one, with the positions up to `last` and some ahead."""
         if known is None:
             # Dynamic NTK remembers the longest sequence until it meets a short one.
             self._rotate(x, 0, 1, layer_type)
@@ -56,22 +62,26 @@ class RotaryTable(torch.nn.Module):
         if num_known <= last:
             end = last + 1 + POSITIONS_AHEAD
             new = [self._rotate(x, position, 1, layer_type) for position in range(num_known, end)]
-            known = tuple(torch.cat(parts, dim=1) for parts in zip(known, *new, strict=True))
+            cos, sin = (torch.cat(parts, dim=1) for parts in zip(known, *new, strict=True))
+            known = cos, sin
         return known
 
-    def _rotate(self, x: torch.Tensor, first: int, count: int, layer_type: str | None):
-        """cos and sin as the model computes them in a pass over these positions."""
+    def _rotate(self, x: torch.Tensor, first: int, count: int, layer_type: str | None) -> Rotations:
+        """Rotations as the model computes them in a pass over these positions."""
         positions = torch.arange(first, first + count, device=x.device)[None]
-        return self.rotary(x, positions) if layer_type is None else self.rotary(x, positions, layer_type)
+        rotations: Rotations = (
+            self.rotary(x, positions) if layer_type is None else self.rotary(x, positions, layer_type)
+        )
+        return rotations
 
 
-def make_length_independent(model) -> RotaryTable | None:
+def make_length_independent(model: PreTrainedModel) -> RotaryTable | None:
     """Replaces the rotary embedding of a transformers model where it depends on the length; returns the table."""
     parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     # One set of parameters, or one for each type of layer.
     sets = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     if not any(one.get("rope_type") in LENGTH_DEPENDENT_TYPES for one in sets):
         return None
-    base = model.base_model
-    base.rotary_emb = RotaryTable(base.rotary_emb)
-    return base.rotary_emb
+    base: Any = model.base_model
+    table = base.rotary_emb = RotaryTable(base.rotary_emb)
+    return table

@@ -6,19 +6,13 @@ import json
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
 from workers.parallel.tensor_parallel import Sharding, set_parameter
-
-
-def make_skeleton(config, dtype: torch.dtype) -> nn.Module:
-    """The whole model with its weights on the meta device, and its buffers, which no file has, on the host."""
-    with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
 
 
 def weight_files(source: str) -> dict[str, Path] | None:
@@ -26,7 +20,7 @@ def weight_files(source: str) -> dict[str, Path] | None:
     index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
     if index is not None:
         weight_map = json.loads(Path(index).read_text())["weight_map"]
-        paths = {file: Path(cached_file(source, file)) for file in set(weight_map.values())}
+        paths = {file: _located(source, file) for file in set(weight_map.values())}
         return {name: paths[file] for name, file in weight_map.items()}
     path = cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
     if path is None:
@@ -35,8 +29,15 @@ def weight_files(source: str) -> dict[str, Path] | None:
         return dict.fromkeys(file.keys(), Path(path))
 
 
+def _located(source: str, name: str) -> Path:
+    """Where a file of a folder or a hub id is on this machine. Raises OSError where there is none."""
+    path = cached_file(source, name)
+    assert path is not None, f"{name} of {source} is missing, and transformers did not say so"
+    return Path(path)
+
+
 def fill(
-    model: nn.Module, sharding: Sharding, files: dict[str, Path], dtype: torch.dtype, device: torch.device
+    model: PreTrainedModel, sharding: Sharding, files: dict[str, Path], dtype: torch.dtype, device: torch.device
 ) -> bool:
     """Gives a skeleton this rank's part of its weights; tied ones stay one.
 
@@ -66,5 +67,6 @@ def fill(
     model.tie_weights(missing_keys=set(lacking), recompute_mapping=False)
     if any(parameter.is_meta for parameter in model.parameters()):
         return False
-    model.to(device)
+    module: nn.Module = model  # whose `to` has types
+    module.to(device)
     return True

@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from tiers.shared_memory import SharedArena, arena_bytes, attached, cuda_handle, from_cuda_handle
-from workers.models.cached_models import CausalModel
-from workers.models.pretrained import ModelFacts
-from workers.models.sharded_weights import make_skeleton
+from workers.models.causal_model import CausalModel
+from workers.models.facts import ModelFacts
+from workers.models.skeleton import make_skeleton
 from workers.parallel.tensor_parallel import set_parameter
 
 
 class SharedWeights:
-    """Of a model that was loaded; keep it as long as others use them.
+    """The weights of a loaded model, for others to use; keep it as long as they do.
 
     On the CPU they move to shared memory, one after another; on a GPU they stay, and others get the driver's handles.
     """
@@ -22,7 +23,7 @@ class SharedWeights:
     def __init__(self, model: CausalModel):
         state = model.hf_model.state_dict(keep_vars=True)
         own_names: dict[int, str] = {}
-        self._tied = {}
+        self._tied: dict[str, str] = {}
         for name, tensor in state.items():
             first = own_names.setdefault(id(tensor), name)
             if first != name:
@@ -60,4 +61,6 @@ def load_shared_model(facts: ModelFacts, description: dict[str, Any], device: to
     for name, tensor in weights.items():
         set_parameter(model, name, tensor)
     assert not any(parameter.is_meta for parameter in model.parameters()), "weights are lacking"
-    return CausalModel(model.to(device), device)
+    module: nn.Module = model  # whose `to` has types
+    module.to(device)
+    return CausalModel(model, device)

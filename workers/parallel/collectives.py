@@ -30,7 +30,7 @@ elsewhere after milliseconds may have long."""
 
 
 class GroupAllReduce:
-    """Over a process group; how long to wait for the others is its own time-out."""
+    """Sums over a process group, which has a time-out of its own for the others."""
 
     def __init__(self, group: dist.ProcessGroup):
         self._group = group
@@ -40,9 +40,9 @@ class GroupAllReduce:
 
 
 class ByThread:
-    """One way for each thread that computes: two roles of a process, which run side by side, must not mix their sums.
+    """Sums in one way for each thread: two roles of a process, which run side by side, must not mix their sums.
 
-    `ways` by the thread's name; `default` is for all others.
+    `ways` are given by the thread's name; `default` is for all other threads.
     """
 
     def __init__(self, default: AllReduce, ways: dict[str, AllReduce]):
@@ -58,12 +58,12 @@ class ByThread:
 
 
 def has_ordered_stores() -> bool:
-    """Another core sees this processor's stores in their order, as SharedMemoryAllReduce needs: x86."""
+    """True where another core sees this processor's stores in their order (x86); SharedMemoryAllReduce needs that."""
     return platform.machine().lower() in ("x86_64", "amd64")
 
 
 class SharedMemoryAllReduce:
-    """Over a mapping that the ranks of one machine share.
+    """Sums over a mapping that the ranks of one machine share.
 
     The mapping has one counter for each rank, each in a cache line of its own, then two buffers of one slot for each
     rank. In its n-th step a rank copies its numbers to its slot of buffer n mod 2, sets its counter to n, waits until
@@ -75,10 +75,10 @@ class SharedMemoryAllReduce:
     """
 
     def __init__(self, path: Path, shard: Shard, *, timeout_seconds: float, start_timeout_seconds: float):
-        """Waits for the others, which name the same `path`: a file in /dev/shm that is not there yet, of which nothing
-        is left when this returns or raises; or one that never has a name, by its entry in /proc.
+        """Waits for the other ranks, which name the same `path`.
 
-        Raises TimeoutError, and OSError where memory is lacking.
+        It is a file in /dev/shm that is not there yet, of which nothing is left when this returns or raises; or one
+        that never has a name, by its entry in /proc. Raises TimeoutError, and OSError where memory is lacking.
         """
         assert has_ordered_stores(), f"stores of {platform.machine()} may be seen in another order: use GroupAllReduce"
         self._shard, self._timeout_seconds, self._step = shard, timeout_seconds, 0
@@ -93,13 +93,14 @@ class SharedMemoryAllReduce:
             _remove(path)
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
-        """Raises TimeoutError, after which no more can be summed."""
+        """Sums a contiguous tensor on the CPU in place. Raises TimeoutError, after which no more can be summed."""
         assert tensor.is_contiguous() and tensor.device.type == "cpu"
         flat, slice_numel = tensor.view(-1), SLOT_BYTES // tensor.element_size()
         for start in range(0, flat.numel(), slice_numel):
             self._sum(flat[start : start + slice_numel])
 
     def _sum(self, numbers: torch.Tensor) -> None:
+        """One step: sums the numbers of a slot in place."""
         slots = self._buffers[(self._step + 1) % NUM_BUFFERS, :, : numbers.nbytes].view(numbers.dtype)
         slots[self._shard.rank].copy_(numbers)
         self._meet(self._timeout_seconds)
@@ -113,7 +114,7 @@ class SharedMemoryAllReduce:
         numbers.copy_(total)
 
     def _meet(self, timeout_seconds: float) -> None:
-        """Returns when all ranks have come here as often."""
+        """Waits until all ranks have called it as often. Raises TimeoutError."""
         self._step += 1
         counters, step, began, spins = self._counters, self._step, None, 0
         counters[self._place_of(self._shard.rank)] = step
@@ -137,11 +138,12 @@ class SharedMemoryAllReduce:
 
     @staticmethod
     def _place_of(rank: int) -> int:
+        """Index of the rank's counter."""
         return rank * CACHE_LINE_BYTES // 8
 
 
 def _map(path: Path, num_bytes: int) -> mmap.mmap:
-    """Of a file that whoever comes first makes: zeros."""
+    """The mapping of a file of zeros, which whoever comes first makes. Raises OSError."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         os.posix_fallocate(file, 0, num_bytes)  # or a page that is lacking kills the process when it is touched

@@ -32,18 +32,20 @@ class Heads:
 
     @property
     def num_kv(self) -> int:
-        return self.kv.stop - self.kv.start
+        """Number of kv heads."""
+        count: int = self.kv.stop - self.kv.start
+        return count
 
 
 def own_range(count: int, shard: Shard) -> slice:
-    """`count` things in `size` consecutive parts as even as can be, the first ones larger."""
+    """The rank's range of `count` things, cut into consecutive parts as even as can be, the first ones larger."""
     each, more = divmod(count, shard.size)
     start = shard.rank * each + min(shard.rank, more)
     return slice(start, start + each + (shard.rank < more))
 
 
 def own_heads(num_query_heads: int, num_kv_heads: int, shard: Shard) -> Heads:
-    """The size must be one of `legal_sizes`."""
+    """The heads of one rank of a model with so many; the shard's size must be one of `legal_sizes`."""
     group = num_query_heads // num_kv_heads
     if shard.size <= num_kv_heads:
         kv = own_range(num_kv_heads, shard)
@@ -55,14 +57,14 @@ def own_heads(num_query_heads: int, num_kv_heads: int, shard: Shard) -> Heads:
 
 
 def legal_sizes(num_query_heads: int, num_kv_heads: int) -> list[int]:
-    """Every rank gets at least one query head, and as many ranks share each kv head."""
+    """Numbers of ranks with which each gets a query head, and as many ranks share each kv head."""
     most_per_head = num_query_heads // num_kv_heads
     shared = [num_kv_heads * ranks for ranks in range(2, most_per_head + 1)]
     return [*range(1, num_kv_heads + 1), *shared]
 
 
 def check_size(model: str, num_query_heads: int, num_kv_heads: int, size: int) -> None:
-    """Raises ConfigError."""
+    """Raises ConfigError where `model` cannot be parted among `size` ranks."""
     legal = legal_sizes(num_query_heads, num_kv_heads)
     if size not in legal:
         raise ConfigError(

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -38,12 +38,15 @@ class AllReduce(Protocol):
     """Sums over the ranks, which call it in the same order."""
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
-        """In place; afterwards every rank has the same bits."""
+        """Sums `tensor` in place; afterwards every rank has the same bits."""
 
 
 def pooled_scores(all_reduce: AllReduce, heads: Heads, num_kv_heads: int, scores: torch.Tensor) -> torch.Tensor:
-    """See tiers.retrieval.mean_key_rule.Pool: each score is a mean over this rank's query heads, of which ranks may
-    have more and fewer. All ranks call it in the same order, and those that share a kv head get the same bits."""
+    """Scores [H, chunks] over all query heads of a kv head, from `scores` over those of this rank; see rule.Pool.
+
+    Each score is a mean over query heads, of which ranks may have more and fewer. All ranks call it in the same order,
+    and those that share a kv head get the same bits.
+    """
     num_own = heads.query.stop - heads.query.start
     sums = scores.new_zeros(num_kv_heads, scores.shape[1] + 1)
     sums[heads.kv, :-1] = scores * num_own
@@ -53,6 +56,12 @@ def pooled_scores(all_reduce: AllReduce, heads: Heads, num_kv_heads: int, scores
     return own[:, :-1] / own[:, -1:]
 
 
+class Sliceable(Protocol):
+    """A tensor, or a tensor in a file, of which only the part is read that is asked for."""
+
+    def __getitem__(self, index: tuple[slice, ...], /) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Cut:
     """The part of a parameter that a rank has: ranges along one dimension."""
@@ -60,14 +69,15 @@ class Cut:
     dim: int
     ranges: tuple[slice, ...]
 
-    def of(self, whole, num_dims: int) -> torch.Tensor:
-        """Of a tensor, or of a file's slice."""
+    def of(self, whole: Sliceable, num_dims: int) -> torch.Tensor:
+        """The rank's part of `whole`, a tensor of `num_dims` dimensions."""
         parts = [
             whole[tuple(part if dim == self.dim else slice(None) for dim in range(num_dims))] for part in self.ranges
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
 
     def shape(self, whole: torch.Size) -> torch.Size:
+        """The size of the rank's part of a tensor of size `whole`."""
         size = sum(part.stop - part.start for part in self.ranges)
         return torch.Size(size if dim == self.dim else length for dim, length in enumerate(whole))
 
@@ -89,13 +99,14 @@ class Sharding:
         return self.cuts[name].shape(parameter.shape) if name in self.cuts else parameter.shape
 
     def num_parameters(self, model: nn.Module) -> int:
-        """That this rank has of the whole `model`."""
+        """Number of parameters of the whole `model` that this rank has."""
         return sum(self.shape_of(name, parameter).numel() for name, parameter in model.named_parameters())
 
 
 def plan_sharding(model: nn.Module, shard: Shard) -> Sharding:
-    """For a whole transformers model, which may be on the meta device. Raises ConfigError."""
-    config = model.config.get_text_config()
+    """How a whole transformers model, which may be on the meta device, is parted. Raises ConfigError."""
+    whole_config: Any = model.config
+    config = whole_config.get_text_config()
     num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     heads = own_heads(config.num_attention_heads, num_kv_heads, shard)
     sharding, styles = Sharding(shard, heads), _Styles(model)
@@ -117,7 +128,8 @@ class _Styles:
     """A model's `tp_plan`, by names of modules."""
 
     def __init__(self, model: nn.Module):
-        self._plan = model.tp_plan
+        plan: Any = model.tp_plan
+        self._plan: dict[str, str] = plan
 
     def linear_children(self, name: str, module: nn.Module, style: str) -> dict[str, nn.Linear]:
         """The children of a module that are planned in this style, by the last part of their names."""
@@ -129,7 +141,7 @@ class _Styles:
 
 
 def _any_layer(name: str) -> str:
-    """As a plan names it: model.layers.7.mlp -> model.layers.*.mlp."""
+    """The name of a module as a plan has it: model.layers.7.mlp -> model.layers.*.mlp."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
@@ -144,6 +156,7 @@ def _output_projection(module: nn.Module) -> str | None:
 
 def _plan_attention(sharding: Sharding, styles: _Styles, name: str, module: nn.Module, num_query_heads: int) -> None:
     output = _output_projection(module)
+    assert output is not None, f"{name} is no attention"
     sharding.partial.append(f"{name}.{output}")
     projections = styles.linear_children(name, module, "colwise")
     rowwise = styles.linear_children(name, module, "rowwise")
@@ -182,7 +195,7 @@ def _plan_mlp(sharding: Sharding, styles: _Styles, name: str, module: nn.Module)
 
 
 def _has_others(module: nn.Module, children: list[str], *, max_numel: int) -> bool:
-    """A parameter beside those of `children` that may have one number for each feature, not the same for each head."""
+    """True where a parameter beside those of `children` has over `max_numel` numbers: it may differ by feature."""
     return any(
         parameter.numel() > max_numel
         for name, parameter in module.named_parameters()
@@ -195,13 +208,13 @@ def _scaled(heads: slice, head_dim: int) -> slice:
 
 
 def _cut_rows(sharding: Sharding, name: str, projection: nn.Linear, *rows: slice) -> None:
-    """Of weight and bias."""
+    """Gives the rank these rows of a projection's weight and bias."""
     for kind, _ in projection.named_parameters():
         sharding.cuts[f"{name}.{kind}"] = Cut(0, rows)
 
 
 def cut(model: nn.Module, sharding: Sharding) -> None:
-    """Leaves of a whole model what the rank has."""
+    """Replaces the parameters of a whole model by the rank's part of them."""
     for name, part in sharding.cuts.items():
         whole = model.get_parameter(name).data
         # A copy: a view would keep the whole in memory.
@@ -221,18 +234,20 @@ def set_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 def connect(model: nn.Module, sharding: Sharding, all_reduce: AllReduce) -> None:
     """Makes the rank's part, whose weights it has, compute what the whole model computes."""
 
-    def sum_over_ranks(module, arguments, output):
+    def sum_over_ranks(module: nn.Module, arguments: Any, output: torch.Tensor) -> None:
         all_reduce.all_reduce(output)
 
     for name in sharding.partial:
         module = model.get_submodule(name)
-        if sharding.shard.rank and module.bias is not None:
+        if sharding.shard.rank and isinstance(module.bias, torch.Tensor):
             module.bias.data.zero_()  # it counts once
         module.register_forward_hook(sum_over_ranks)
     for name in sharding.masked:
-        model.get_submodule(name).own_heads = sharding.heads
+        attention: Any = model.get_submodule(name)
+        attention.own_heads = sharding.heads  # see workers.attention.forward_pass.cached_attention
     for name in sharding.cuts:
         module_name, _, kind = name.rpartition(".")
         if kind == "weight":
             module = model.get_submodule(module_name)
+            assert isinstance(module, nn.Linear), f"{module_name} is cut, and not linear"
             module.out_features, module.in_features = module.weight.shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -14,19 +14,23 @@ from workers.process.openmp import release_pool
 
 
 class OwnStream:
-    """For the calls of one role that others compute beside.
+    """A stream, and processor threads, for the calls of one role that others compute beside.
 
     Why nothing races: a call begins when what its caller queued is done, and ends when what it queued itself is done.
     What roles hand each other goes through the caller of both, so the giver's call is over when the taker's begins.
     """
 
     def __init__(self, device: torch.device, num_threads: int | None = None):
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch gives it no types
         self._num_threads = num_threads or torch.get_num_threads()
 
     def enter_thread(self) -> None:
-        """Once in the role's thread. It computes with `num_threads` processor threads, else as many as its maker, not
-        as those that copy: a new thread has as many as were set last anywhere in the process."""
+        """Prepares the role's thread, once: it computes with `num_threads` processor threads, else its maker's number.
+
+        A new thread has as many as were set last anywhere in the process, by a thread that copies, perhaps.
+        """
         torch.set_num_threads(self._num_threads)
 
     @contextmanager
@@ -42,6 +46,12 @@ class OwnStream:
                 self._stream.synchronize()
 
 
+class VerifyingRole(Protocol):
+    """A verifier; what else it can do does not matter here."""
+
+    def verify(self, draft: Draft) -> Verdict: ...
+
+
 class InBackground:
     """A verifier of this process that verifies in a thread, so that its process can draft meanwhile.
 
@@ -49,7 +59,7 @@ class InBackground:
     threads meanwhile, half of them each; a pool of the other that has nothing to do would slow both down.
     """
 
-    def __init__(self, verifier, device: torch.device):
+    def __init__(self, verifier: VerifyingRole, device: torch.device):
         self._verifier, self._device = verifier, device
         self._shares_threads, self._num_threads = device.type == "cpu", torch.get_num_threads()
         self._num_beside = max(1, self._num_threads // 2)
@@ -62,7 +72,7 @@ class InBackground:
         return getattr(self._verifier, name)
 
     def begin_verify(self, draft: Draft) -> None:
-        """See orchestrator.hierarchy.VerifierRole."""
+        """Begins to judge `draft`; `finish_verify` gives the verdict, and nothing else may be asked before."""
         if self._shares_threads:
             torch.set_num_threads(self._num_beside)
             release_pool()
@@ -79,11 +89,17 @@ class InBackground:
                 release_pool()
 
     def is_verifying(self) -> bool:
-        return not self._verification.done()
+        """True as long as the verdict is not known."""
+        return not self._begun().done()
+
+    def _begun(self) -> Future[Verdict]:
+        assert self._verification is not None, "no verification was begun"
+        return self._verification
 
     def finish_verify(self) -> Verdict:
+        """Waits for the verdict. Raises what `verify` raises."""
         try:
-            return self._verification.result()
+            return self._begun().result()
         finally:
             if self._shares_threads:
                 torch.set_num_threads(self._num_threads)

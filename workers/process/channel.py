@@ -52,13 +52,15 @@ class RawTensor:
 
 
 class _TensorHead(msgspec.Struct, array_like=True):
+    """Stands for a tensor in a header: the number of its frame, and how to read it."""
+
     frame: int
     dtype: str
     shape: list[int]
 
 
 def to_frames(message: Message, to_raw: Callable[[Any], RawTensor] | None = None) -> list[Any]:
-    """`to_raw` tells how this process's own tensors become raw ones."""
+    """The frames of a message; `to_raw` tells how this process's own tensors become raw ones."""
     frames: list[Any] = [b""]
 
     def replace(item: Any) -> msgspec.msgpack.Ext:
@@ -73,7 +75,7 @@ def to_frames(message: Message, to_raw: Callable[[Any], RawTensor] | None = None
 
 
 def from_frames(frames: list[bytes], from_raw: Callable[[RawTensor], Any] | None = None) -> Message:
-    """The reverse; without `from_raw` tensors stay raw. Raises ChannelError for what is no message."""
+    """The message of some frames; without `from_raw` its tensors stay raw. Raises ChannelError for what is none."""
 
     def restore(code: int, data: memoryview) -> Any:
         head = msgspec.msgpack.decode(data, type=_TensorHead)
@@ -83,9 +85,10 @@ def from_frames(frames: list[bytes], from_raw: Callable[[RawTensor], Any] | None
         return from_raw(raw) if from_raw else raw
 
     try:
-        return msgspec.msgpack.Decoder(Message, ext_hook=restore).decode(frames[0])
+        message: Message = msgspec.msgpack.Decoder(Message, ext_hook=restore).decode(frames[0])
     except (msgspec.MsgspecError, IndexError) as error:
         raise ChannelError(f"a message that is none: {error}") from error
+    return message
 
 
 # ---- The two ends. ----
@@ -96,7 +99,7 @@ class Endpoints(msgspec.Struct, kw_only=True):
 
     secret: str
     pid: int
-    """Of the hub's process."""
+    """Process id of the hub."""
     local: str
     """ipc:// addresses for processes of the hub's host..."""
     local_pings: str
@@ -105,10 +108,10 @@ class Endpoints(msgspec.Struct, kw_only=True):
     remote_pings: str | None = None
 
     def for_host(self, *, same_host: bool) -> tuple[str, str]:
-        """(messages, pings)."""
+        """Addresses for messages and for pings. Raises ChannelError where others are not listened to."""
         if same_host:
             return self.local, self.local_pings
-        if self.remote is None:
+        if self.remote is None or self.remote_pings is None:
             raise ChannelError("the hub listens on its own host only")
         return self.remote, self.remote_pings
 
@@ -150,7 +153,7 @@ class Hub:
             raise ChannelError(f"{peer} cannot be reached") from error
 
     def receive(self, timeout_s: float) -> tuple[str, Message] | None:
-        """(peer, message), or None: nothing came in time, or only what must not be heard."""
+        """A peer and its message, or None: nothing came in time, or only what must not be heard."""
         deadline = time.monotonic() + timeout_s
         while self._socket.poll(max(0, int((deadline - time.monotonic()) * 1000))):
             identity, *frames = self._socket.recv_multipart()
@@ -165,9 +168,13 @@ class Hub:
         return None
 
     def _greeted(self, identity: bytes, message: Message) -> tuple[str, Message] | None:
-        """A first message. Identities are "<peer>#<anything>", so that a restarted peer is another one."""
-        is_right = isinstance(message, Hello) and hmac.compare_digest(message.secret, self._secret)
-        if not is_right or message.version != PROTOCOL_VERSION:
+        """The peer and its first message, or None where that is no right Hello.
+
+        Identities are "<peer>#<anything>", so that a restarted peer is another one.
+        """
+        if not isinstance(message, Hello) or not hmac.compare_digest(message.secret, self._secret):
+            return None
+        if message.version != PROTOCOL_VERSION:
             return None
         peer = identity.partition(b"#")[0].decode("ascii", "replace")
         self.forget(peer)
@@ -178,9 +185,9 @@ class Hub:
         return peer in self._identities
 
     def forget(self, peer: str) -> None:
-        """What it still sends is not heard."""
-        identity = self._identities.pop(peer, None)
-        self._names.pop(identity, None)
+        """Drops a peer: what it still sends is not heard."""
+        if peer in self._identities:
+            self._names.pop(self._identities.pop(peer), None)
 
     def close(self) -> None:
         self._pings.close()
@@ -191,7 +198,7 @@ class Hub:
 class _Pings:
     """Tells everyone regularly that the orchestrator's process lives, whatever its main thread is at."""
 
-    def __init__(self, context: zmq.Context, local: str, tcp_host: str | None):
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], local: str, tcp_host: str | None):
         self._socket = context.socket(zmq.PUB)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.bind(local)
@@ -211,13 +218,14 @@ class _Pings:
         self._thread.join()
 
 
-def _bind_tcp(sock: zmq.Socket, host: str) -> str:
+def _bind_tcp(sock: zmq.Socket[bytes], host: str) -> str:
+    """Binds the socket to a free port of `host`; returns its address."""
     port = sock.bind_to_random_port(f"tcp://{socket.gethostbyname(host)}")
     return f"tcp://{socket.gethostbyname(host)}:{port}"
 
 
 class Line:
-    """A worker's end, for one thread. `to_raw` and `from_raw` are for this process's tensors.
+    """A worker's end of a channel, for one thread. `to_raw` and `from_raw` are for this process's tensors.
 
     `node` and `num_devices` say where the process runs; see workers.messages.Hello.
     """
@@ -234,7 +242,7 @@ class Line:
         num_devices: int = 0,
     ):
         self._to_raw, self._from_raw = to_raw, from_raw
-        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, f"{peer}#{os.urandom(8).hex()}".encode())
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
         self._socket.connect(address)
@@ -244,7 +252,7 @@ class Line:
         self._socket.send_multipart(to_frames(message, self._to_raw))
 
     def receive(self, timeout_s: float | None = None) -> Message | None:
-        """None if nothing came in time; without `timeout_s` it waits."""
+        """The next message, or None if nothing came in time; without `timeout_s` it waits. Raises ChannelError."""
         if not self._socket.poll(None if timeout_s is None else int(timeout_s * 1000)):
             return None
         return from_frames(self._socket.recv_multipart(), self._from_raw)
@@ -254,16 +262,17 @@ class Line:
 
 
 class PingListener:
-    """Whether the orchestrator lives; for one thread. The end of `pid`, a process of this host, is seen at once."""
+    """Tells whether the orchestrator lives; for one thread. The end of `pid`, of this host, is seen at once."""
 
     def __init__(self, address: str, clock: Callable[[], float], pid: int | None = None):
         self._clock, self._heard_at = clock, clock()
-        self._is_over = (lambda: False) if pid is None else _end_of(pid)
-        self._socket = zmq.Context.instance().socket(zmq.SUB)
+        self._is_over: Callable[[], bool] = (lambda: False) if pid is None else _end_of(pid)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
         self._socket.setsockopt(zmq.SUBSCRIBE, b"")
         self._socket.connect(address)
 
     def seconds_of_silence(self) -> float:
+        """Seconds since the last ping; infinite where the orchestrator's process is known to be over."""
         if self._is_over():
             return math.inf
         while self._socket.poll(0):

@@ -25,7 +25,7 @@ def release_pool() -> None:
 
 @lru_cache
 def _library() -> ctypes.CDLL | None:
-    """OpenMP's, of those that are loaded: torch brings its own."""
+    """The OpenMP library that torch brings, if it is loaded."""
     try:
         loaded = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()}
     except OSError:

@@ -8,7 +8,7 @@ from workers.process.channel import RawTensor
 
 
 def to_raw(tensor: torch.Tensor) -> RawTensor:
-    """Its bytes, in this process's memory: shared with it where they are contiguous on the CPU already."""
+    """The bytes of a tensor, in this process's memory: its own where it is contiguous on the CPU already."""
     flat = tensor.detach().cpu().contiguous()
     return RawTensor(str(flat.dtype).removeprefix("torch."), list(flat.shape), flat.flatten().view(torch.uint8).numpy())
 

@@ -1,43 +1,42 @@
 """How true keys and values get from the verifier to the retrieval cache: three ways, one for each place it may be in.
 
-    where the retriever is                 the verifier            the notice              the retriever
-    in the verifier's process              keeps the update        says that there is one  loads it
-    on its device, in another process      writes to its memory    says what was written   adopts it
-    elsewhere                              sends the tensors       carries them            loads them
+    where the retriever is                 UpdatePath      the verifier's end   the notice       the retriever's model
+    in the verifier's process              same_process    keeps the update     says there is    loads what was kept
+                                                                                one
+    on its device, in another process      shared_memory   writes to that       says what was    adopts what was
+                                                           process's memory     written          written
+    elsewhere                              carried         sends the tensors    carries them     loads them
 
-A verifier wraps its role in a `Publishing`, a retriever in the `Taking` of the same kind.
+A TargetVerifier publishes by its `publisher`; the retriever's model is a ReceivingRetrievalModel with the receiver of
+the same path, or a SharedRetrievalModel where memory is shared.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Iterable
+from enum import StrEnum
 
 import torch
 
 from tiers.retrieval.context_summary import Summary
-from tiers.retrieval_cache import LayerUpdate, RetrievalCache, RetrievalUpdate
-from workers.messages import Draft, InnerStep, UpdateNotice, Verdict
+from tiers.retrieval_cache import LayerUpdate, RetrievalUpdate
+from workers.messages import UpdateNotice
+from workers.models.retrieval_model import RetrievalKVCache
 
 
-class Publisher(Protocol):
-    """The verifier's end."""
+class UpdatePath(StrEnum):
+    """Which of the three ways updates go."""
 
-    def publish(self, update: RetrievalUpdate) -> UpdateNotice: ...
-
-
-class Receiver(Protocol):
-    """The retriever's end."""
-
-    def receive(self, notices: list[UpdateNotice]) -> Any:
-        """What the retrieval model loads."""
+    same_process = "same_process"
+    shared_memory = "shared_memory"
+    carried = "carried"
 
 
 class SameProcess:
-    """Both ends."""
+    """Both ends in one process: the publisher keeps an update until the receiver takes it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._update: RetrievalUpdate | None = None
 
     def publish(self, update: RetrievalUpdate) -> UpdateNotice:
@@ -45,18 +44,20 @@ class SameProcess:
         return UpdateNotice(is_rebuild=update.is_rebuild, start=update.start, length=update.length)
 
     def receive(self, notices: list[UpdateNotice]) -> RetrievalUpdate:
+        """Hands out the kept update; the notices only said that there is one."""
         update, self._update = self._update, None
+        assert update is not None, "a notice without an update"
         return update
 
 
 class IntoItsMemory:
-    """The verifier's end where it maps the retriever's memory: `cache` is a retrieval cache in there, of own heads.
+    """The verifier's end where it maps the retriever's memory: `cache` lies in there and has the rank's own heads.
 
-    Of ranks that share a kv head one `writes` it. All is written when the call that publishes has ended: the other
+    Of ranks that share a kv head, one `writes` it. All is written when the call that publishes has ended: the other
     process does not wait for a stream of ours (see workers.process.background.OwnStream).
     """
 
-    def __init__(self, cache: RetrievalCache, *, writes: bool):
+    def __init__(self, cache: RetrievalKVCache, *, writes: bool):
         self._cache, self._writes = cache, writes
 
     def publish(self, update: RetrievalUpdate) -> UpdateNotice:
@@ -74,15 +75,8 @@ class IntoItsMemory:
         )
 
 
-class FromItsMemory:
-    """The retriever's end: every rank wrote its heads, and all of them as many slots as the first."""
-
-    def receive(self, notices: list[UpdateNotice]) -> UpdateNotice:
-        return notices[0]
-
-
 class Carrying:
-    """The verifier's end where the tensors must travel. Of ranks that share a kv head one sends it."""
+    """The verifier's end where the tensors must travel. Of ranks that share a kv head, one `sends` it."""
 
     def __init__(self, *, sends: bool):
         self._sends = sends
@@ -94,7 +88,7 @@ class Carrying:
 
 
 class Carried:
-    """The retriever's end: puts the heads of all ranks together, layer by layer."""
+    """The retriever's end where the tensors travelled: joins the heads of all ranks, layer by layer."""
 
     def receive(self, notices: list[UpdateNotice]) -> RetrievalUpdate:
         first = notices[0]
@@ -104,65 +98,22 @@ class Carried:
 
 
 def _tensors_of(layer: LayerUpdate) -> list[torch.Tensor | None]:
+    """The tensors of a layer in the order that UpdateNotice.carried has them in."""
     summary = layer.summary
     rest = [None] * 3 if summary is None else [summary.k, summary.v, summary.log_count]
     return [layer.k, layer.v, layer.positions, *rest]
 
 
-def _joined(parts: Iterator[list[torch.Tensor | None]]) -> LayerUpdate:
-    k, v, positions, *rest = (None if pieces[0] is None else torch.cat(pieces) for pieces in zip(*parts, strict=True))
-    return LayerUpdate(k, v, positions, None if rest[0] is None else Summary(*rest))
+def _joined(parts: Iterable[list[torch.Tensor | None]]) -> LayerUpdate:
+    """A layer's update from its parts, one list of tensors for each sending rank, joined along the heads."""
+    k, v, positions, *rest = (_concatenated(pieces) for pieces in zip(*parts, strict=True))
+    assert k is not None and v is not None, "an update without keys or values"
+    summary = [tensor for tensor in rest if tensor is not None]
+    return LayerUpdate(k, v, positions, Summary(*summary) if summary else None)
 
 
-class PublishingVerifier:
-    """A verifier's role for other processes: its updates leave by `publisher`."""
-
-    def __init__(self, verifier, publisher: Publisher):
-        self._verifier, self.publisher = verifier, publisher
-
-    def prefill(self, prompt: list[int], num_commits: int) -> None:
-        self._verifier.prefill(prompt, num_commits)
-
-    def verify(self, draft: Draft) -> Verdict:
-        return self._verifier.verify(draft)
-
-    def commit(self, tokens: list[int]) -> None:
-        self._verifier.commit(tokens)
-
-    def reread(self) -> None:
-        self._verifier.reread()
-
-    def retrieval_update(self, *, rebuild: bool, budget: int | None = None) -> UpdateNotice:
-        return self.publisher.publish(self._verifier.retrieval_update(rebuild=rebuild, budget=budget))
-
-    def state(self) -> str:
-        return self._verifier.state()
-
-
-class ReceivingRetriever:
-    """A retriever's role for other processes: its updates come by `receiver`."""
-
-    def __init__(self, retriever, receiver: Receiver):
-        self._retriever, self._receiver = retriever, receiver
-
-    @property
-    def num_failures(self) -> int:
-        return self._retriever.num_failures
-
-    def prefill(self, prompt: list[int], num_commits: int) -> None:
-        self._retriever.prefill(prompt, num_commits)
-
-    def extend(self, after: list[int], draft: Draft, branch: int = 0) -> InnerStep:
-        return self._retriever.extend(after, draft, branch)
-
-    def commit(self, tokens: list[int]) -> None:
-        self._retriever.commit(tokens)
-
-    def refresh(self, notices: list[UpdateNotice]) -> None:
-        self._retriever.refresh(self._receiver.receive(notices))
-
-    def needs_rebuild(self) -> bool:
-        return self._retriever.needs_rebuild()
-
-    def state(self) -> str:
-        return self._retriever.state()
+def _concatenated(pieces: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
+    """The pieces [H of a rank, ...] as one tensor, or None where the ranks have none."""
+    present = [piece for piece in pieces if piece is not None]
+    assert len(present) in (0, len(pieces)), f"a tensor of {len(present)} ranks, of {len(pieces)}"
+    return torch.cat(present) if present else None

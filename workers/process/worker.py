@@ -57,65 +57,73 @@ logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 0.5
 MAX_SILENCE_SECONDS = 4.0
-"""Of the orchestrator on another host, eight times its pings."""
+"""Longest silence of an orchestrator on another host: eight times its pings."""
 NOBODY_DIRECTS = 4
-"""The exit code of a process whose orchestrator is gone."""
+"""Exit code of a process whose orchestrator is gone."""
 
 
 class RoleSet(Protocol):
-    """What `build` makes: the roles of this process, and what concerns all of them."""
+    """The roles of one process, as `build` makes them, and what they have in common; launch has the real one."""
 
     roles: dict[str, Any]
-    """By name; each with the methods that its requests call."""
+    """Roles by name; each has the methods that its requests call (see `respond`)."""
     notes: list[str]
+    """Remarks for the user."""
     shared: dict[str, Any]
-    """See workers.messages.Built."""
+    """Descriptions of memory that other processes may attach; see workers.messages.Built."""
     is_first_shard: bool
-    """Of several ranks that do the same, the one whose answers are used."""
+    """True for the one of several ranks that do the same whose answers are used."""
     device: torch.device
-    """On which the roles compute."""
+    """Device on which the roles compute."""
 
     def attach(self, shared: dict[str, Any]) -> bool:
-        """False where that memory is gone with the process that had it."""
+        """Maps memory that others share; False where it is gone with the process that had it."""
 
-    def report(self) -> dict[str, Any]: ...
+    def report(self) -> dict[str, Any]:
+        """Memory and streaming, for result.json."""
+
     def progress(self) -> tuple[int, int, int]:
-        """(a count that grows while anything is computed, prefill's tokens done, of all)."""
+        """A count that grows while anything is computed; the prompt's tokens that were read, and all of them."""
 
     def waits_for_others(self) -> bool:
-        """In a sum over ranks."""
+        """True while a thread is in a sum over ranks."""
 
     def close(self) -> None: ...
 
 
 def respond(role: Any, request: Request) -> Result:
-    """Calls the method of a role that a request stands for."""
+    """Calls the method of a role that a request stands for. Raises TypeError for a request to the process."""
+    result: Result
     match request:
         case Prefill():
-            return Plain(role.prefill(request.tokens, request.num_commits))
+            result = Plain(role.prefill(request.tokens, request.num_commits))
         case Commit():
-            return Plain(role.commit(request.tokens))
+            result = Plain(role.commit(request.tokens))
         case Propose():
-            return role.propose(request.after, request.count, request.branch)
+            result = role.propose(request.after, request.count, request.branch)
         case Extend():
-            return role.extend(request.after, request.draft, request.branch)
+            result = role.extend(request.after, request.draft, request.branch)
         case Verify():
-            return role.verify(request.draft)
+            result = role.verify(request.draft)
         case MakeUpdate():
-            return role.retrieval_update(rebuild=request.rebuild, budget=request.budget)
+            result = role.retrieval_update(rebuild=request.rebuild, budget=request.budget)
         case TakeUpdate():
-            return Plain(role.refresh(request.notices))
+            result = Plain(role.refresh(request.notices))
         case NeedsRebuild():
-            return Plain(role.needs_rebuild())
+            result = Plain(role.needs_rebuild())
         case Reread():
-            return Plain(role.reread())
-    raise TypeError(f"{type(request).__name__} is for no role")
+            result = Plain(role.reread())
+        case _:
+            raise TypeError(f"{type(request).__name__} is for no role")
+    return result
 
 
 class Worker:
-    """`connect(line)` opens a Line of that name; `build(config, assignment)` makes a RoleSet.
+    """Serves the roles of this process.
 
-    `survey(device, disk folder)` tells the free bytes of each tier, and what else the orchestrator wants to know.
+    `connect(line)` opens a Line of that name; `build(config, assignment)` makes a RoleSet, whose roles then have a
+    _RoleThread each. `survey(device, disk folder)` tells the free bytes of each tier, and what else the orchestrator
+    wants to know.
     """
 
     def __init__(
@@ -131,7 +139,7 @@ class Worker:
         self._busy_with = ""
 
     def run(self) -> None:
-        """Until it is told to end."""
+        """Serves until it is told to end."""
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
         line = self._connect("process", to_raw, from_raw)
         try:
@@ -151,10 +159,14 @@ class Worker:
             case Build():
                 return self._build_roles(request)
             case Attach():
-                return Plain(self._role_set.attach(request.shared))
+                return Plain(self._built().attach(request.shared))
             case MakeReport():
-                return Plain(self._role_set.report())
+                return Plain(self._built().report())
         raise TypeError(f"{type(request).__name__} is for a role")
+
+    def _built(self) -> RoleSet:
+        assert self._role_set is not None, "asked before there is a role"
+        return self._role_set
 
     def _build_roles(self, request: Build) -> Built:
         self._end_roles()
@@ -205,7 +217,10 @@ class Worker:
 
 
 class _RoleThread:
-    """Serves one role."""
+    """The thread that serves one role, with a line of its own.
+
+    With `strips_probs` drafts go out without distributions: another rank, which does the same, sends them.
+    """
 
     def __init__(self, name: str, role: Any, connect: Callable[..., Line], stream: OwnStream, *, strips_probs: bool):
         self._name, self._role, self._connect = name, role, connect
@@ -238,11 +253,11 @@ class _RoleThread:
         return result
 
     def _state(self) -> str:
-        """Only of roles that several ranks may play; the others need no cached model."""
+        """State of a role that several ranks may play, to be compared; empty for one without a cached model."""
         return self._role.state() if hasattr(self._role, "state") else ""
 
     def tell_to_end(self) -> None:
-        """After what it is doing."""
+        """Tells the thread to end when it has done what it is doing."""
         self._stop.set()
 
     def join(self) -> None:
@@ -250,11 +265,12 @@ class _RoleThread:
 
 
 def _answer(call: Call, act: Callable[[], Result], state: Callable[[], str] = lambda: "") -> Reply | Failure:
+    """The answer to a call: what `act` returns, with the role's state afterwards, or what it raises."""
     try:
         return Reply(call.id, act(), state())
     except Exception as error:  # whatever it is, it must reach the orchestrator, which decides
         logger.exception("%s failed", type(call.request).__name__)
-        root = error
+        root: BaseException = error
         while root.__cause__ is not None and not isinstance(root, ConfigError):  # which is a message to the user
             root = root.__cause__
         text = (str(root).splitlines() or [""])[0]

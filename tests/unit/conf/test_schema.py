@@ -3,11 +3,12 @@
 import ast
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from conf import schema
+from conf import generation, resources, schema, values
 from conf.schema import (
     CacheConfig,
     ConfigError,
@@ -27,6 +28,8 @@ from conf.schema import (
     to_plain,
 )
 
+GROUPS = ("CacheConfig", "TiersConfig")
+"""Sections whose keys are sections."""
 NAN, INF = float("nan"), float("inf")
 
 # (class, arguments, what the message must name: full key, value, legal value)
@@ -152,8 +155,9 @@ def test_the_whole_configuration_becomes_json():
     assert plain["decoding"]["mode"] == "triforce" and plain["generation"]["stop"] == []
 
 
-def test_the_schema_needs_the_standard_library_only():
-    tree = ast.parse(Path(schema.__file__).read_text())
+@pytest.mark.parametrize("module", [schema, generation, resources, values], ids=lambda module: module.__name__)
+def test_the_schema_needs_the_standard_library_only(module):
+    tree = ast.parse(Path(module.__file__).read_text())
     imported = {
         name.partition(".")[0]
         for node in ast.walk(tree)
@@ -165,4 +169,20 @@ def test_the_schema_needs_the_standard_library_only():
             else []
         )
     }
-    assert imported <= sys.stdlib_module_names
+    assert imported - {"conf"} <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("module", [generation, resources], ids=lambda module: module.__name__)
+def test_every_key_is_documented(module):
+    for section in ast.parse(Path(module.__file__).read_text()).body:
+        if isinstance(section, ast.ClassDef) and section.name not in GROUPS:
+            for key, below in pairwise(section.body):
+                if isinstance(key, ast.AnnAssign):
+                    documented = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+                    assert documented, f"{section.name}.{ast.unparse(key)} has no docstring"
+
+
+def test_the_schema_is_the_door_to_all_of_the_configuration():
+    defined = {name for module in (generation, resources) for name in vars(module) if name.endswith("Config")}
+    words = {name for name, value in vars(values).items() if getattr(value, "__module__", "") == values.__name__}
+    assert defined | words <= set(schema.__all__)

@@ -13,14 +13,18 @@ import pytest
 from conf.model_shapes import PUBLISHED, model_shape
 from conf.schema import ConfigError
 from launch import plan
+from launch.forecast.config import read_plan_config
+from launch.forecast.forecast import Forecast
+from launch.forecast.forecast import forecast as forecast_of
+from launch.forecast.machine import measured
 
 ROOT = Path(__file__).resolve().parents[3]
 OFFLOADED = ["prompt.max_tokens=127000", "decoding.gamma1=1", "generation.max_new_tokens=256"]
 
 
-def forecast(*overrides: str) -> plan.Forecast:
-    config = plan.read_plan_config([*OFFLOADED, *overrides])
-    return plan.forecast(config, config.hardware)
+def forecast(*overrides: str) -> Forecast:
+    config = read_plan_config([*OFFLOADED, *overrides])
+    return forecast_of(config, measured(config.hardware, Path()))
 
 
 def test_published_time_between_tokens_on_two_4090s_is_met_within_a_tenth():
@@ -37,7 +41,7 @@ def test_quantised_chunks_let_a_budget_fit_and_drafting_takes_longer():
     large = [*settings, "cache.retrieval.budget=12288"]
     with pytest.raises(ConfigError, match="a smaller cache.retrieval.budget"):
         forecast(*large)
-    assert forecast(*large, "cache.retrieval.dtype=int8").plan.num_host_layers == 32
+    assert forecast(*large, "cache.retrieval.dtype=int8").plan.sizes.num_host_layers == 32
     exact, int4 = forecast(*settings), forecast(*settings, "cache.retrieval.dtype=int4")
     assert int4.plan.device_bytes["retrieval cache"] < exact.plan.device_bytes["retrieval cache"]
     assert int4.round.retrieval_seconds > exact.round.retrieval_seconds
@@ -47,6 +51,41 @@ def test_forecast_of_autoregressive_decoding_has_no_draft():
     made = forecast("model=llama3.1-8b", "hardware=h200", "decoding.mode=autoregressive")
     assert made.round.draft_seconds == made.round.retrieval_seconds == 0
     assert made.round.seconds_per_token == pytest.approx(made.autoregressive_seconds)
+
+
+KNOWN = [
+    "hardware.device_gb_per_s=10",
+    "hardware.device_tflops=1",
+    "hardware.link_gb_per_s=10",
+    "hardware.disk_gb_per_s=1",
+    "hardware.device_memory_gib=4",
+    "hardware.host_memory_gib=4",
+    "hardware.disk_gib=100",
+]
+
+
+@pytest.mark.parametrize("name", ["this", "rtx4090"])
+def test_a_machine_that_is_renamed_has_the_same_plan(name):
+    settings = [f"hardware={name}", *KNOWN, "cache.full.tier=host"]
+    plans = [forecast(*settings, *more).plan for more in ([], ["hardware.name=abacus"], ["hardware.name=this machine"])]
+    assert plans[0] == plans[1] == plans[2]
+    assert (plans[0].sizes.hidden_tier == "host") == (name == "rtx4090"), "beside a GPU, the host has the hidden states"
+
+
+def test_device_and_host_are_one_memory_unless_the_machine_has_a_gpu():
+    settings = ["hardware=this", *KNOWN, "cache.full.tier=host"]
+    alone, beside = forecast(*settings).plan, forecast(*settings, "hardware.has_gpu=true").plan
+    assert (alone.sizes.hidden_tier, beside.sizes.hidden_tier) == ("device", "host")
+    need = sum(alone.totals[tier] for tier in ("device", "host")) / 2**30
+    tight = [f"hardware.{tier}_memory_gib={0.9 * need}" for tier in ("device", "host")]
+    assert forecast(*settings, "hardware.has_gpu=true", *tight).plan.sizes == beside.sizes
+    with pytest.raises(ConfigError, match="GiB on the host"):
+        forecast(*settings, *tight)
+
+
+def test_a_budget_of_more_than_the_prompt_is_cut_to_it_as_in_a_run():
+    made = forecast("model=llama3.1-8b", "hardware=h200", "prompt.max_tokens=1000", "cache.retrieval.budget=4096")
+    assert made.plan.sizes.retrieval.budget == 1000
 
 
 def test_parameters_of_published_models_are_those_in_their_names():

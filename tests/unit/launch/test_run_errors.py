@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from conf.schema import ConfigError
 from launch import run
-from orchestrator.hierarchy import Round
+from launch.command_line.overrides import CONFIG_FOLDER, read_config
+from orchestrator.round import Round
 from orchestrator.session import Session
 from orchestrator.text_stream import TextStream
 
@@ -81,7 +82,7 @@ class FakeEngine:
 
 
 class FakeEngines(SimpleNamespace):
-    """Stands for the module launch.assembly.engine."""
+    """Stands for the modules launch.assembly.prepare and launch.assembly.engine."""
 
     def __init__(self):
         super().__init__(before=lambda point: None, engine=None, build_error=None)
@@ -89,11 +90,11 @@ class FakeEngines(SimpleNamespace):
     def prepare(self, config):
         return SimpleNamespace(tokenizer=byte_tokenizer(), max_positions=MAX_POSITIONS, eos_ids=frozenset(), notes=[])
 
-    def build(self, config, prepared, prompt_ids, max_new_tokens, seed):
+    def build(self, task):
         if self.build_error:
             raise self.build_error
-        stream = TextStream(lambda ids: bytes(ids).decode(errors="replace"), config.generation.stop)
-        session = Session(prompt=prompt_ids, max_new_tokens=max_new_tokens, text_stream=stream)
+        stream = TextStream(lambda ids: bytes(ids).decode(errors="replace"), task.config.generation.stop)
+        session = Session(prompt=task.prompt_ids, max_new_tokens=task.max_new_tokens, text_stream=stream)
         self.engine = FakeEngine(session, self.before)
         return self.engine
 
@@ -101,7 +102,8 @@ class FakeEngines(SimpleNamespace):
 @pytest.fixture
 def engines(monkeypatch, tmp_path):
     fake = FakeEngines()
-    monkeypatch.setitem(sys.modules, "launch.assembly.engine", fake)
+    for module in ("launch.assembly.prepare", "launch.assembly.engine"):
+        monkeypatch.setitem(sys.modules, module, fake)
     monkeypatch.chdir(tmp_path)
     return fake
 
@@ -353,9 +355,9 @@ def test_the_earlier_signal_handlers_come_back(engines):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (run.CONFIG_FOLDER / "model").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIG_FOLDER / "model").glob("*.yaml")))
 def test_every_pair_is_a_legal_configuration(name):
-    config = run.read_config([f"model={name}"])
+    config = read_config([f"model={name}"])
     assert config.model.target and config.model.drafter
 
 

@@ -9,7 +9,9 @@ import pytest
 
 from conf.schema import ConfigError, PlacementConfig, PlacementKind
 from orchestrator import crew as crew_module
-from orchestrator.crew import BEAT, GUARD, PROCESS, Crew, RoleLostError, RunFailedError
+from orchestrator.calls import RoleLostError, RunFailedError
+from orchestrator.crew import Crew
+from orchestrator.members import BEAT, GUARD, PROCESS
 from orchestrator.placement import place
 from tests.support.fake_crew import LIMITS, Clock, FakeHub, fake_crew
 from tiers.errors import DamagedBlockError

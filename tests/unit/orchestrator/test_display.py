@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from orchestrator.display import STYLES, Display, harmless, summary_table
-from orchestrator.hierarchy import Round
 from orchestrator.metrics import Metrics
+from orchestrator.round import Round
 from orchestrator.text_stream import TextStream
 from workers.messages import DRAFTER, RETRIEVAL, TARGET
 

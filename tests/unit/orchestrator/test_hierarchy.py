@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.hierarchy import Hierarchy, Round
+from orchestrator.hierarchy import Hierarchy
 from orchestrator.rebuild_policy import RebuildPolicy
+from orchestrator.round import Round
 from orchestrator.session import Session
 from tests.support.toy_models import no_text
 from workers.messages import DRAFTER, RETRIEVAL, Draft, InnerStep, Verdict

@@ -3,8 +3,8 @@
 import pytest
 
 from orchestrator.ahead import AheadRecord
-from orchestrator.hierarchy import Round
 from orchestrator.metrics import LevelCounts, Metrics, percentile
+from orchestrator.round import Round
 from workers.messages import DRAFTER, RETRIEVAL
 
 FIRST = Round(index=0, proposed=[], origins=[], num_accepted=0, tokens=[5], seconds={"verify": 0.2, "refresh": 0.3})

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from orchestrator.ahead import AheadRecord
-from orchestrator.hierarchy import Round
 from orchestrator.pace import PROBE_AFTER, WARM_UP, Acceptance, AdaptivePace, Cost
+from orchestrator.round import Round
 from tiers.planning.cost import expected_tokens
 
 GAMMAS1, GAMMAS2 = (0, 1, 2, 4, 8), (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)

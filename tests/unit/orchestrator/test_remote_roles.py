@@ -6,7 +6,8 @@ import pytest
 
 from conf.schema import PlacementKind
 from orchestrator import crew as crew_module
-from orchestrator.crew import GUARD, RunFailedError
+from orchestrator.calls import RunFailedError
+from orchestrator.members import GUARD
 from orchestrator.remote_roles import RemoteDrafter, RemoteRetriever, RemoteVerifier
 from tests.support.fake_crew import fake_crew
 from workers.messages import (
@@ -157,7 +158,7 @@ def test_a_verification_in_three_parts():
     verifier.begin_verify(DRAFT)
     assert verifier.is_verifying()
     for peer in ("3.verifier", "4.verifier"):
-        hub.tell(peer, Reply(crew._next_id - (peer == "3.verifier"), VERDICT, "s"))
+        hub.tell(peer, Reply(hub.last_call_id - (peer == "3.verifier"), VERDICT, "s"))
     assert not verifier.is_verifying() and verifier.finish_verify() == VERDICT
 
 
@@ -176,8 +177,8 @@ def test_ranks_that_disagree_end_the_run_and_both_are_told(other, in_parts):
 
     def disagree(peer, request):
         if peer == "4.verifier":
-            return Reply(crew._next_id, other.result, other.state)
-        return Reply(crew._next_id, VERDICT, "9 tokens bb")
+            return Reply(hub.last_call_id, other.result, other.state)
+        return Reply(hub.last_call_id, VERDICT, "9 tokens bb")
 
     hub.answer = disagree
     with pytest.raises(

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from orchestrator import run_files as report_module
-from orchestrator.hierarchy import Round
+from orchestrator.round import Round
 from orchestrator.run_files import RESULT, ROUNDS, Report, versions
 
 ROUND = Round(

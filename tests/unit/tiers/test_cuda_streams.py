@@ -10,10 +10,11 @@ import torch
 
 from tests.support import fake_cuda
 from tiers.base import BlockShape
+from tiers.block_writer import BlockWriter
 from tiers.device_tier import DeviceTier
 from tiers.disk_tier import DiskTier
 from tiers.pinned_host_tier import PinnedHostTier
-from tiers.transfer import BlockWriter, CudaBlockStreamer
+from tiers.transfer import CudaBlockStreamer
 
 CPU = torch.device("cpu")
 SHAPE = BlockShape(num_kv_heads=2, num_tokens=16, head_dim=8, dtype=torch.float32)

@@ -128,7 +128,7 @@ def assert_refused(tier: DiskTier, blocks: DiskBlocks, index: int, match: str) -
 def test_one_flipped_bit_is_found_and_other_blocks_are_not_touched(tier, shape):
     blocks = filled(tier, shape)
     stride = -(-shape.num_bytes // PAGE_BYTES) * PAGE_BYTES
-    flip_one_bit(blocks._file, 2 * stride + shape.num_bytes - 3)
+    flip_one_bit(blocks.file, 2 * stride + shape.num_bytes - 3)
     assert_refused(tier, blocks, 2, "block 2 of 6 .* has another checksum")
     for index in (0, 1, 3, 4, 5):
         assert torch.equal(blocks.read(index, 0, shape.num_tokens), rows_of(shape, index))
@@ -141,7 +141,7 @@ def test_nothing_of_a_damaged_block_reaches_the_buffer_of_part_pages(tier, shape
     if shape.num_bytes % PAGE_BYTES == 0:
         pytest.skip("whole pages are read straight into the buffer, which is handed to nobody then")
     blocks, buffer = filled(tier, shape), buffer_for(shape)
-    flip_one_bit(blocks._file, 0)
+    flip_one_bit(blocks.file, 0)
     with pytest.raises(DamagedBlockError):
         blocks.read_into(0, buffer)
     assert (buffer == 7).all()
@@ -150,7 +150,7 @@ def test_nothing_of_a_damaged_block_reaches_the_buffer_of_part_pages(tier, shape
 @EVERY_SHAPE
 def test_a_file_cut_short_is_found(tier, shape):
     blocks = filled(tier, shape)
-    os.ftruncate(blocks._file, 3 * PAGE_BYTES)
+    os.ftruncate(blocks.file, 3 * PAGE_BYTES)
     assert_refused(tier, blocks, NUM_BLOCKS - 1, "ends after 0 of")
 
 
@@ -204,9 +204,9 @@ def test_a_stale_block_is_found(tier, shape):
     blocks = filled(tier, shape)
     stride = -(-shape.num_bytes // PAGE_BYTES) * PAGE_BYTES
     before = page_aligned(stride)
-    os.preadv(blocks._file, [memoryview(before.numpy())], stride)
+    os.preadv(blocks.file, [memoryview(before.numpy())], stride)
     blocks.write(1, rows_of(shape, 77))
-    os.pwrite(blocks._file, memoryview(before.numpy()), stride)
+    os.pwrite(blocks.file, memoryview(before.numpy()), stride)
     assert_refused(tier, blocks, 1, "has another checksum")
 
 
@@ -219,12 +219,12 @@ def test_a_block_never_written_is_refused(tier, shape):
 def test_files_have_no_name_and_their_space_is_given_back(tier, tmp_path):
     blocks = filled(tier, SHAPES["pages"])
     assert list(tmp_path.iterdir()) == []
-    size = os.fstat(blocks._file).st_size
+    size = os.fstat(blocks.file).st_size
     assert size == tier.used_bytes == tier.peak_bytes == NUM_BLOCKS * SHAPES["pages"].num_bytes
     tier.close()
     assert tier.used_bytes == 0 and tier.peak_bytes == size
     with pytest.raises(OSError):
-        os.fstat(blocks._file)
+        os.fstat(blocks.file)
     tier.close()
 
 

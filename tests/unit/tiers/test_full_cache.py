@@ -29,9 +29,10 @@ from tests.support.all_caches import (
     read_prompt,
 )
 from tiers.base import BlockShape, CacheShape
+from tiers.block_layer import BlockLayer
 from tiers.device_tier import DeviceTier
 from tiers.disk_tier import DiskBlocks
-from tiers.full_cache import BlockLayer, FullCache
+from tiers.full_cache import FullCache
 from tiers.pinned_host_tier import PinnedHostTier
 
 REPEATABLE = settings(derandomize=True, deadline=None, max_examples=60)

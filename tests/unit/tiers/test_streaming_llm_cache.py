@@ -22,7 +22,8 @@ from tests.support.all_caches import (
 from tests.support.tiny_models import random_model, random_prompt, tiny_config
 from tiers.base import CacheShape
 from tiers.streaming_llm_cache import StreamingLLMCache
-from workers.models.cached_models import CausalModel, StreamingModel
+from workers.models.causal_model import CausalModel
+from workers.models.streaming_model import StreamingModel
 
 REPEATABLE = settings(derandomize=True, deadline=None, max_examples=25)
 EVERY_STREAMING_LLM_CACHE = pytest.mark.parametrize("case", STREAMING_LLM_CACHES, ids=lambda case: case.name)

@@ -12,9 +12,11 @@ from contextlib import closing
 import pytest
 import torch
 
-from launch.assembly.role_builder import overlap
+from launch.assembly.role_builder import hidden_share
 from tests.support.all_caches import PoisonedDeviceTier
-from tiers.transfer import COPY_THREAD, BlockWriter, CpuBlockStreamer, Link, make_streamer
+from tiers.block_writer import BlockWriter
+from tiers.link import Link
+from tiers.transfer import COPY_THREAD, CpuBlockStreamer, make_streamer
 
 BLOCK_SIZE = (2, 2, 8, 4)
 BLOCK_BYTES = 2 * 2 * 8 * 4 * 4
@@ -235,8 +237,10 @@ def test_a_consumer_slower_than_the_copies_hardly_stalls():
         values_taken(streamer, 6, seconds_per_block=10 * COPY_SECONDS)
         stats = streamer.stats
         assert stats.stall_seconds < 0.8 * stats.seconds
-        assert overlap(stats.seconds, stats.stall_seconds) == pytest.approx(1 - stats.stall_seconds / stats.seconds)
-    assert overlap(0.0, 0.0) is None
+        assert hidden_share(stats.seconds, stats.stall_seconds) == pytest.approx(
+            1 - stats.stall_seconds / stats.seconds
+        )
+    assert hidden_share(0.0, 0.0) is None
 
 
 def alive_copy_threads() -> int:
@@ -330,7 +334,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("tiers.transfer.time", clock)
+    monkeypatch.setattr("tiers.link.time", clock)
     return clock
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.support.toy_models import EXACT, MarkovModel
 from workers.acceptance import KeyedRandom, MaximalCoupling
-from workers.level import Level
+from workers.level import ReadingLevel
 from workers.messages import Draft
 from workers.retrieval_drafter import RetrievalDrafter
 from workers.target_verifier import TargetVerifier
@@ -38,8 +38,8 @@ def fingerprint(tokens: list[int]) -> int:
     return number
 
 
-def level_with_prompt(prompt: list[int]) -> Level:
-    level = Level(WholePrefixModel())
+def level_with_prompt(prompt: list[int]) -> ReadingLevel:
+    level = ReadingLevel(WholePrefixModel())
     level.prefill(prompt)
     return level
 
@@ -180,15 +180,15 @@ def test_state_is_that_of_a_level_that_came_there_another_way():
     assert one.state() == first
 
 
-def differs_in_tokens(level: Level) -> None:
+def differs_in_tokens(level: ReadingLevel) -> None:
     level.prefill([1, 0, 0])
 
 
-def differs_in_commits(level: Level) -> None:
+def differs_in_commits(level: ReadingLevel) -> None:
     level.num_commits += 1
 
 
-def differs_in_cache(level: Level) -> None:
+def differs_in_cache(level: ReadingLevel) -> None:
     level.logits_after([], [2])
 
 

@@ -8,17 +8,12 @@ from transformers import AutoModelForCausalLM
 
 from conf.schema import SamplingConfig
 from launch.analysis.attention_recovery import FactRecovery, Locality, Recovery, share_in_sight, top_shares
-from launch.analysis.draft_comparison import (
-    HEAVY_HITTER,
-    TOP_K,
-    ComparisonConfig,
-    DraftCache,
-    DraftComparison,
-    sums_of_chunks,
-)
+from launch.analysis.compared_rules import HEAVY_HITTER, TOP_K, sums_of_chunks
+from launch.analysis.draft_comparison import ComparisonConfig, DraftCache, DraftComparison
 from tests.support.tiny_models import random_prompt
 from tiers.device_tier import DeviceTier
-from workers.models.pretrained import describe, load_model
+from workers.models.facts import describe
+from workers.models.loading import load_model
 
 CHUNK, BUDGET, EVERYTHING, ROUND = 4, 16, 512, 3
 PROMPT, NEW, FACT = 90, 11, (8, 60)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from launch.assembly import engine
+from launch.assembly import prepare
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def num_threads_set(monkeypatch):
     """The numbers given to torch, as they come; three cores are idle."""
     numbers = []
     monkeypatch.setattr(torch, "set_num_threads", numbers.append)
-    monkeypatch.setattr(engine, "num_idle_cores", lambda: 3)
+    monkeypatch.setattr(prepare, "num_idle_cores", lambda: 3)
     for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     return numbers
@@ -33,5 +33,5 @@ def num_threads_set(monkeypatch):
 def test_threads(num_threads_set, monkeypatch, configured, environment, wanted):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    engine._set_threads(configured)
+    prepare._set_threads(configured)
     assert num_threads_set == wanted

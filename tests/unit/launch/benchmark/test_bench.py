@@ -9,13 +9,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from conf.schema import ConfigError, FullCacheTier
+from conf.schema import ConfigError, FullCacheTier, RunConfig
 from launch import bench
-from launch.assembly.engine import prepare
-from launch.benchmark import contenders, peers, side_by_side
-from launch.benchmark import table as bench_report
+from launch.assembly.prepare import prepare
 from launch.benchmark.config import GridConfig, PeerSettings, contender_config, read_bench_config
-from launch.benchmark.table import FAILED, OK, SKIPPED, Row, compare, first_difference, make_table
+from launch.benchmark.contender import Cell, Turn
+from launch.benchmark.our_engine import OurEngine
+from launch.benchmark.shared_models import SharedModels
+from launch.benchmark.side_by_side import SideBySide
+from launch.benchmark.table import ContenderRow, Status, compare, first_difference, make_table, write_grid_csv
+from launch.benchmark.transformers_peers import GeneratePeer
+from launch.command_line.tables import write_json
 from tests.support.tiny_models import random_prompt
 
 PEERS_EVERYWHERE = ("transformers", "transformers_static", "assisted", "prompt_lookup")
@@ -64,7 +68,7 @@ def test_two_contenders_write_the_same_and_all_of_it_is_recorded(settings, capsy
     assert cell["prompt_tokens"] == 300 - (1 + 3 * 12 + 11)
     for row in rows.values():
         tbt = row["tbt_ms"]
-        assert row["status"] == OK and len(tbt["samples"]) == 2
+        assert row["status"] == Status.ok and len(tbt["samples"]) == 2
         assert tbt["min"] <= tbt["median"] <= tbt["max"]
         assert row["first_difference"] is None and row["compared"]
         assert 0 <= row["outside"]["roles"] <= row["outside"]["forwards_and_copies"] < 1
@@ -83,7 +87,7 @@ def test_peers_write_what_our_engine_writes(settings):
     rows = rows_of(record)
     assert list(rows) == ["autoregressive", *PEERS_EVERYWHERE]  # what is offloaded has its place in the host's cells
     for name in PEERS_EVERYWHERE:
-        assert rows[name]["status"] == OK and rows[name]["first_difference"] is None, name
+        assert rows[name]["status"] == Status.ok and rows[name]["first_difference"] is None, name
         assert rows[name]["new_tokens"] >= 1 + 3 * 12 and len(rows[name]["tbt_ms"]["samples"]) == 2
 
 
@@ -92,7 +96,7 @@ def test_llama_cpp_writes_what_our_engine_writes(settings, name):
     for package in ("gguf", "llama_cpp"):
         pytest.importorskip(package, reason="Requires: gguf, llama-cpp-python")
     rows = rows_of(run(settings, f"only=[autoregressive,{name}]"))
-    assert rows[name]["status"] == OK and rows[name]["first_difference"] is None
+    assert rows[name]["status"] == Status.ok and rows[name]["first_difference"] is None
 
 
 def test_positions_beyond_the_model_s_are_stretched_for_all(settings):
@@ -105,7 +109,7 @@ def test_positions_beyond_the_model_s_are_stretched_for_all(settings):
 def test_sampled_peers_run_and_are_not_compared(settings):
     record = run(settings, "sampling.temperature=0.8", "only=[autoregressive,streaming,transformers,assisted]")
     for row in rows_of(record).values():
-        assert row["status"] == OK and not row["compared"] and row["ratio"] is not None
+        assert row["status"] == Status.ok and not row["compared"] and row["ratio"] is not None
 
 
 def test_each_tier_and_link_is_a_cell_and_peers_run_on_the_device(settings):
@@ -120,11 +124,11 @@ def test_a_contender_that_fails_is_recorded_and_the_others_go_on(settings, monke
     def broken(self, count):
         raise RuntimeError("no more paper")
 
-    monkeypatch.setattr(contenders.OurEngine, "begin_counting", broken)
-    monkeypatch.setattr(peers.GeneratePeer, "decode", broken)
+    monkeypatch.setattr(OurEngine, "begin_counting", broken)
+    monkeypatch.setattr(GeneratePeer, "decode", broken)
     record = run(settings, "only=[autoregressive,transformers,prompt_lookup]", code=1)
     rows = rows_of(record)
-    assert [row["status"] for row in rows.values()] == [FAILED, FAILED, OK]
+    assert [row["status"] for row in rows.values()] == [Status.failed, Status.failed, Status.ok]
     assert rows["transformers"]["reason"] == "RuntimeError: no more paper"
     assert rows["prompt_lookup"]["ratio"] is None
     assert "transformers failed: RuntimeError" in capsys.readouterr().out
@@ -135,41 +139,63 @@ def test_a_context_that_cannot_be_is_recorded_and_the_others_go_on(settings):
     record = run(settings, "grid.contexts=[20,5000,300]", "only=[autoregressive]", code=1)
     assert "grid.contexts has 20; it must be above the 48 tokens" in record["cells"][0]["reason"]
     assert "the prompt has 900 tokens; of 5000 in all" in record["cells"][1]["reason"]
-    assert rows_of(record, 2)["autoregressive"]["status"] == OK
+    assert rows_of(record, 2)["autoregressive"]["status"] == Status.ok
 
 
-def test_what_does_not_fit_is_skipped_and_what_fits_alone_runs_alone(settings, monkeypatch):
+class StandIn:
+    """Stands for our engine: brings tokens without computing them, and notes its turns."""
+
+    def __init__(self, events: list[str], cell: Cell, config: RunConfig, num_bytes: int = 0):
+        self.mode, self._events, self._num_bytes = str(config.decoding.mode), events, num_bytes
+
+    def needed_bytes(self) -> int:
+        return self._num_bytes
+
+    def load(self) -> None:
+        self._events.append(self.mode)
+
+    def start(self) -> list[int]:
+        return [7]
+
+    def decode(self, count: int) -> Turn:
+        self._events.append(f"{self.mode} decodes")
+        num_turns = sum("decodes" in event for event in self._events)
+        return Turn(tokens=[7] * count, num_timed=count, seconds=count * num_turns / 1000)
+
+    def begin_counting(self) -> None: ...
+
+    def facts(self) -> dict:
+        return {}
+
+    def close(self) -> None: ...
+
+
+def run_stand_ins(settings: list[str], only: str, needs: dict[str, int], free: float = 1e9) -> tuple[dict, list[str]]:
+    """The one cell's rows, and what happened in which order."""
+    config, events = read_bench_config([*settings, only]), []
+    Path("out").mkdir()
+    SideBySide(
+        config=config,
+        folder=Path("out"),
+        console=Console(),
+        argv=[],
+        make_ours=lambda cell, run: StandIn(events, cell, run, needs.get(str(run.decoding.mode), 0)),
+        free_bytes=lambda device: free,
+    ).run()
+    return rows_of(json.loads(Path("out/bench.json").read_text())), events
+
+
+def test_what_does_not_fit_is_skipped_and_what_fits_alone_runs_alone(settings):
     needs = {"autoregressive": 60, "streaming": 60, "retrieval": 101}
-    monkeypatch.setattr("launch.benchmark.side_by_side.device_free_bytes", lambda device: 100 / 0.9 + 0.1)
-    order = []
-    monkeypatch.setattr(contenders.OurEngine, "needed_bytes", lambda self: needs[str(self.config.decoding.mode)])
-    monkeypatch.setattr(contenders.OurEngine, "load", lambda self: order.append(self.config.decoding.mode))
-    monkeypatch.setattr(contenders.OurEngine, "start", lambda self: [7])
-    monkeypatch.setattr(contenders.OurEngine, "facts", lambda self: {})
-    monkeypatch.setattr(contenders.OurEngine, "begin_counting", lambda self: None)
-
-    def decode(self, count):
-        order.append(f"{self.config.decoding.mode} decodes")
-        return contenders.Segment(tokens=[7] * count, num_timed=count, seconds=1.0)
-
-    monkeypatch.setattr(contenders.OurEngine, "decode", decode)
-    record = run(settings, "only=[autoregressive,streaming,retrieval]")
-    assert [row["status"] for row in rows_of(record).values()] == [OK, OK, SKIPPED]
-    assert "GiB are free" in rows_of(record)["retrieval"]["reason"]
+    rows, order = run_stand_ins(settings, "only=[autoregressive,streaming,retrieval]", needs, free=100 / 0.9 + 0.1)
+    assert [row["status"] for row in rows.values()] == [Status.ok, Status.ok, Status.skipped]
+    assert "GiB are free" in rows["retrieval"]["reason"]
     assert order == ["autoregressive", *["autoregressive decodes"] * 3, "streaming", *["streaming decodes"] * 3]
 
 
-def test_turns_go_around_and_the_warm_up_is_not_counted(settings, monkeypatch):
-    turns = []
-
-    def decode(self, count):
-        turns.append(str(self.config.decoding.mode))
-        return contenders.Segment(tokens=[7] * count, num_timed=count, seconds=count * len(turns) / 1000)
-
-    for name, stub in {"load": None, "start": [7], "facts": {}, "begin_counting": None}.items():
-        monkeypatch.setattr(contenders.OurEngine, name, lambda self, stub=stub: stub)
-    monkeypatch.setattr(contenders.OurEngine, "decode", decode)
-    rows = rows_of(run(settings, "only=[autoregressive,streaming]"))
+def test_turns_go_around_and_the_warm_up_is_not_counted(settings):
+    rows, events = run_stand_ins(settings, "only=[autoregressive,streaming]", needs={})
+    turns = [event.removesuffix(" decodes") for event in events if "decodes" in event]
     first, second = "autoregressive", "streaming"
     assert turns == [first, second, second, first, first, second]
     assert rows[first]["tbt_ms"]["samples"] == pytest.approx([4, 5])
@@ -178,9 +204,7 @@ def test_turns_go_around_and_the_warm_up_is_not_counted(settings, monkeypatch):
 
 
 def test_an_interrupted_bench_keeps_the_cells_it_has(settings, monkeypatch):
-    monkeypatch.setattr(
-        side_by_side.SideBySide, "_measure", lambda self, group: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    monkeypatch.setattr(SideBySide, "_measure", lambda self, group: (_ for _ in ()).throw(KeyboardInterrupt))
     assert bench.main([*settings, "only=[autoregressive]"]) == 130
     assert json.loads(Path("out/bench.json").read_text())["cells"][0]["context"] == 300
 
@@ -253,13 +277,13 @@ def test_cells_of_the_grid_have_links_where_they_stream():
 # ---- Numbers. ----
 
 
-def row(name: str, *samples: float, tokens: list[int] | None = None, **more) -> Row:
-    return Row(name=name, settings="", samples_ms=list(samples), token_ids=tokens or [1, 2, 3], **more)
+def row(name: str, *samples: float, tokens: list[int] | None = None, **more) -> ContenderRow:
+    return ContenderRow(name=name, settings="", samples_ms=list(samples), token_ids=tokens or [1, 2, 3], **more)
 
 
 def test_ratios_are_of_medians_and_differences_where_both_have_tokens():
     reference, other = row("autoregressive", 10, 30, 20), row("triforce", 5, 4, 100, tokens=[1, 2, 3, 4])
-    wrong, failed = row("assisted", 20, tokens=[1, 9]), Row(name="x", settings="", status=FAILED)
+    wrong, failed = row("assisted", 20, tokens=[1, 9]), ContenderRow(name="x", settings="", status=Status.failed)
     compare([reference, other, wrong, failed], is_greedy=True)
     assert [entry.ratio for entry in (reference, other, wrong, failed)] == [1, 4, 1, None]
     assert [entry.first_difference for entry in (reference, other, wrong)] == [None, None, 1]
@@ -280,7 +304,7 @@ def test_the_table_shows_medians_spread_and_tokens():
         "outside": {"roles": 0.01, "forwards_and_copies": 0.034},
     }
     rows = [row("autoregressive", 10, 30, 20), row("triforce", 5, 4, 6, facts=facts, ttft_s=2.0)]
-    rows += [row("assisted", 5, tokens=[1, 9]), Row(name="llama_cpp", settings="", status=SKIPPED)]
+    rows += [row("assisted", 5, tokens=[1, 9]), ContenderRow(name="llama_cpp", settings="", status=Status.skipped)]
     compare(rows, is_greedy=True)
     console = Console(width=120)
     with console.capture() as capture:
@@ -299,8 +323,8 @@ def test_csv_and_json_hold_what_was_measured(tmp_path):
     compare(rows, is_greedy=False)
     cell = {"context": 300, "prompt_tokens": 250, "tier": "host", "link_gb_per_s": 2.0, "positions": 512}
     cell["rows"] = [entry.to_plain() for entry in rows]
-    bench_report.write_csv(tmp_path / "a.csv", [cell])
-    bench_report.write_json(tmp_path / "a.json", {"cells": [cell]})
+    write_grid_csv(tmp_path / "a.csv", [cell])
+    write_json(tmp_path / "a.json", {"cells": [cell]})
     first, second = csv.DictReader((tmp_path / "a.csv").read_text().splitlines())
     assert (first["contender"], first["tbt_ms"], first["tbt_ms_min"], first["tbt_ms_max"]) == (
         *("autoregressive", "20", "10", "30"),
@@ -313,8 +337,8 @@ def test_settings_of_the_assistant_are_its_own_configuration_s(settings, monkeyp
     config = read_bench_config([*settings, "peer.num_assistant_tokens=3", "peer.assistant_confidence_threshold=0"])
     assert config.peer == PeerSettings(num_assistant_tokens=3, assistant_confidence_threshold=0)
     prepared = prepare(config.run_config)
-    cell = contenders.Cell(config=config.run_config, prepared=prepared, prompt=[1], num_new_tokens=4, seed=0)
-    shared = peers.SharedModels(cell, config.peer, Path())
+    cell = Cell(config=config.run_config, prepared=prepared, prompt=[1], num_new_tokens=4, seed=0)
+    shared = SharedModels(cell, config.peer, Path())
     generation = shared.assistant.generation_config
     assert (generation.num_assistant_tokens, generation.num_assistant_tokens_schedule) == (3, "constant")
     assert generation.assistant_confidence_threshold == 0

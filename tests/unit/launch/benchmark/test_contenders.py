@@ -1,4 +1,4 @@
-"""launch/benchmark/contenders.py: what is measured beside tokens; and the peer that is held up between turns."""
+"""What is measured of our engine beside tokens; the peer that is held up between turns; and the machine."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from launch.benchmark.contenders import ForwardClock
+from launch.benchmark.our_engine import ForwardClock
 from launch.benchmark.transformers_peers import Gate, NotWantedError
 from launch.command_line.machine import describe_machine
 
 
 def test_the_clock_counts_forward_passes_and_nothing_else(monkeypatch):
     now = SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr("launch.benchmark.contenders.time.perf_counter", lambda: now.seconds)
+    monkeypatch.setattr("launch.command_line.timing.time.perf_counter", lambda: now.seconds)
 
     def forward(tokens, *, cache):
         now.seconds += len(tokens)

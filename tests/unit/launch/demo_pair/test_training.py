@@ -5,12 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from launch import train_demo
 from launch.demo_pair.corpus import SampleMaker, train_tokenizer
-from launch.train_demo import Stage, Trainer, cut_windows, learning_rate_scale, logits_of, stretched
+from launch.demo_pair.training import (
+    UNREADY_TOKENS,
+    Steps,
+    Trainer,
+    cut_windows,
+    learning_rate_scale,
+    logits_of,
+    stretched,
+)
+from launch.demo_pair.training_config import Schedule, Stage
 
 VOCAB = 300
 
@@ -68,9 +75,9 @@ def test_windows_begin_with_the_sinks():
     assert torch.equal(cut_windows(pairs, 3, 5)[..., 1], cut_windows(values, 3, 5))
 
 
-def trainer(work, maker, stages, teacher=None) -> Trainer:
-    settings = OmegaConf.create({"stages": stages, "learning_rate": 1e-2, "decay_fraction": 0.5})
-    return Trainer("model", tiny_llama(), settings, maker, work, num_workers=0, teacher=teacher)
+def trainer(work, maker, stages, teacher=None, **settings) -> Trainer:
+    schedule = Schedule(stages=[Stage(**stage) for stage in stages], learning_rate=1e-2, decay_fraction=0.5)
+    return Trainer("model", tiny_llama(), schedule, maker, work, num_workers=0, teacher=teacher, **settings)
 
 
 PLAIN = {"context": 128, "span": 128, "sequences": 2, "tokens": 128 * 2 * 6}
@@ -96,7 +103,7 @@ def test_distillation_asks_for_the_teachers_distribution(tmp_path, maker):
     tokens, positions = (torch.from_numpy(array)[None] for array in maker.sample(stage.context, stage.span))
     one = trainer(tmp_path, maker, [WINDOWS], teacher)
     with torch.no_grad():
-        probs = logits_of(teacher, tokens[:, :-1], positions[:, :-1])[0, 2 + train_demo.UNREADY_TOKENS :].softmax(-1)
+        probs = logits_of(teacher, tokens[:, :-1], positions[:, :-1])[0, 2 + UNREADY_TOKENS :].softmax(-1)
         entropy = -(probs * probs.log()).sum(-1).mean()
         others = one._loss(stage, tokens, positions)
         one.model = teacher
@@ -106,21 +113,20 @@ def test_distillation_asks_for_the_teachers_distribution(tmp_path, maker):
 
 def test_training_lowers_the_loss(tmp_path, maker):
     one = trainer(tmp_path, maker, [PLAIN | {"tokens": 128 * 2 * 60}])
-    tokens, positions = train_demo.Steps(maker, one.stages[0], 0)[10_000]
-    before = one._loss(one.stages[0], tokens, positions).item()
+    tokens, positions = Steps(maker, one.schedule.stages[0], 0)[10_000]
+    before = one._loss(one.schedule.stages[0], tokens, positions).item()
     one.run()
-    assert one._loss(one.stages[0], tokens, positions).item() < before - 1
+    assert one._loss(one.schedule.stages[0], tokens, positions).item() < before - 1
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, maker, monkeypatch):
-    monkeypatch.setattr(train_demo, "SECONDS_BETWEEN_CHECKPOINTS", 0)
     stages = [PLAIN, WINDOWS]
     for folder in ("whole", "cut"):
         (tmp_path / folder).mkdir()
-    whole = trainer(tmp_path / "whole", maker, stages)
+    whole = trainer(tmp_path / "whole", maker, stages, seconds_between_checkpoints=0)
     whole.run()
 
-    cut, step_of = trainer(tmp_path / "cut", maker, stages), Trainer._train_step
+    cut, step_of = trainer(tmp_path / "cut", maker, stages, seconds_between_checkpoints=0), Trainer._train_step
 
     def interrupted(self, stage, step, *arrays):
         if step == 7:
@@ -130,7 +136,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, maker, mon
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "_train_step", interrupted)
         cut.run()
-    resumed = trainer(tmp_path / "cut", maker, stages)
+    resumed = trainer(tmp_path / "cut", maker, stages, seconds_between_checkpoints=0)
     assert resumed.step == 7
     resumed.run()
     for name, value in whole.model.state_dict().items():
@@ -172,20 +178,18 @@ def test_gradients_of_a_disagreement_reach_the_wide_view_too(tmp_path, maker):
     assert wide.grad[:, :40].abs().sum() == 0 and wide.grad[:, -16:].abs().sum() > 0
 
 
-def test_what_the_wide_view_foretells_better_is_not_to_be_unlearned(tmp_path, maker, monkeypatch):
-    one = trainer(tmp_path, maker, [PLAIN])
-    monkeypatch.setattr(train_demo, "USEFUL_NATS", -100.0)  # as if everything were
+def test_what_the_wide_view_foretells_better_is_not_to_be_unlearned(tmp_path, maker):
+    one = trainer(tmp_path, maker, [PLAIN], useful_nats=-100.0)  # as if everything were
     assert disagreement(one, 24).item() == 0
 
 
 def test_every_second_step_is_stretched_over_as_much_more_text(maker):
     stage = Stage(context=256, span=512, sequences=1, tokens=256, stretch=4)
-    last = [int(train_demo.Steps(maker, stage, 0)[step][1].max()) for step in range(20)]
+    last = [int(Steps(maker, stage, 0)[step][1].max()) for step in range(20)]
     assert max(last[::2]) < 512 < max(last[1::2]) < 2048
 
 
-def test_a_stretched_model_is_that_of_a_run_with_more_positions(monkeypatch):
-    monkeypatch.setattr(train_demo, "MAX_POSITIONS", 2048)
+def test_a_stretched_model_is_that_of_a_run_with_more_positions():
     model, tokens = tiny_llama(), torch.arange(1, 30)[None]
     plain = logits_of(model, tokens, torch.arange(29)[None])
     config = LlamaConfig.from_dict(model.config.to_dict())

@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conf.model_shapes import PUBLISHED
+from conf.model_shapes import PUBLISHED, model_shape
 from conf.schema import Dtype, Mode
-from launch import widen as program
-from launch.widen import Fill, WidenConfig, main, wide_shape, widen
+from launch.demo_pair.checkpoint import SHARD_BYTES, Fill, WidenConfig, wide_shape, widen
+from launch.widen import main
 from tests.support.tiny_models import VOCAB_SIZE, random_prompt
 from tests.support.tiny_runs import HOST, engine_for, generate, tiny_run
 from tiers.base import CacheShape
-from workers.models.pretrained import describe
+from workers.models.facts import describe
 
 ROOT = Path(__file__).resolve().parents[4]
 # Sums over the wide model's zeros may be taken in another order: a few units of fp32's last place, for each layer.
@@ -32,9 +32,9 @@ def small(checkpoints) -> Path:
     return checkpoints("llama", rms_norm_eps=1e-2)
 
 
-def widened(source: Path, output: Path, **changes) -> Path:
+def widened(source: Path, output: Path, shard_bytes: int = SHARD_BYTES, **changes) -> Path:
     config = WidenConfig(source=str(source), output=str(output), **{"shape": None, "dtype": Dtype.float32} | changes)
-    return widen(config).folder
+    return widen(config, shard_bytes).folder
 
 
 @torch.inference_mode()
@@ -102,12 +102,10 @@ def test_greedy_tokens_of_the_engine_are_the_small_model_s(small, tmp_path):
     assert got.num_accepted > 0
 
 
-def test_shards_are_read_as_one_model_and_zeros_take_no_place(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(program, "SHARD_BYTES", 40_000)
-    folder = widened(small, tmp_path, **SIZES)
+def test_shards_are_read_as_one_model_and_zeros_take_no_place(small, tmp_path):
+    folder = widened(small, tmp_path, **SIZES, shard_bytes=40_000)
     assert len(list(folder.glob("*.safetensors"))) > 3
     assert_same(logits(folder, random_prompt(30)), logits(small, random_prompt(30)))
-    monkeypatch.undo()
     folder = widened(small, tmp_path, hidden_size=4096, intermediate_size=4096)
     (file,) = folder.glob("*.safetensors")
     assert file.stat().st_size > 200e6 > 10 * 512 * os.stat(file).st_blocks
@@ -115,9 +113,7 @@ def test_shards_are_read_as_one_model_and_zeros_take_no_place(small, tmp_path, m
 
 def test_demo_pair_gets_the_published_shapes_and_their_bytes():
     """What `describe` says of a configuration alone; the weights of a 7B are not written here."""
-    target, drafter = (
-        program.model_shape("source", name, str(ROOT / "assets/demo" / name)) for name in ("target", "drafter")
-    )
+    target, drafter = (model_shape("source", name, str(ROOT / "assets/demo" / name)) for name in ("target", "drafter"))
     wide = wide_shape(WidenConfig(shape=LLAMA_7B), target)
     assert wide == PUBLISHED[LLAMA_7B]
     assert wide.num_layers * 2 * wide.num_kv_heads * wide.head_dim * 2 == 512 << 10, "KV bytes a token"

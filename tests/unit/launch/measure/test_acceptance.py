@@ -8,7 +8,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from launch.analysis.draft_comparison import ORACLE
+from conf.schema import ChunkDtype, Dtype
+from launch.analysis.compared_rules import ORACLE
 from launch.measure import acceptance as measure
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -29,13 +30,12 @@ def run(tmp_path, monkeypatch, **changes) -> dict[tuple[str, int], dict]:
     """By (kind, budget)."""
     text = tmp_path / "text.txt"
     text.write_text("".join(f"The number of box {i} is {i * 7919 % 1000}. " for i in range(400)))
-    cfg = OmegaConf.load(ROOT / "conf/measure_acceptance.yaml")
-    changes |= {"documents": {"text": str(text)}, "output": str(tmp_path / "out"), "dtype": "float32"}
-    cfg = OmegaConf.merge(cfg, changes)
+    changes |= {"documents": {"text": str(text)}, "output": str(tmp_path / "out"), "dtype": Dtype.float32}
+    settings = measure.MeasureAcceptanceConfig(**changes)
     monkeypatch.chdir(ROOT)
-    measure.main.__wrapped__(cfg)
+    measure.measure(settings)
     rows = [OmegaConf.create(line) for line in (tmp_path / "out/rows.jsonl").read_text().splitlines()]
-    assert len(rows) == (len(measure.KINDS) + len(cfg.compare)) * len(cfg.budgets)
+    assert len(rows) == (len(measure.KINDS) + len(settings.compare)) * len(settings.budgets)
     assert (tmp_path / "out/table.md").read_text().count("\n") == 3
     return {(row.kind, row.budget): row for row in rows}
 
@@ -57,7 +57,7 @@ def test_eight_bits_draft_nearly_as_the_model_s_own_dtype_does(tmp_path, monkeyp
     assert rows["int8", 128].maximal == pytest.approx(exact, abs=0.01)
     assert rows["int4", 128].maximal == pytest.approx(exact, abs=0.1)
     assert len({exact, rows["int8", 128].maximal, rows["int4", 128].maximal}) == 3
-    all_in_eight = run(tmp_path, monkeypatch, **changes, retrieval_dtype="int8")
+    all_in_eight = run(tmp_path, monkeypatch, **changes, retrieval_dtype=ChunkDtype.int8)
     assert all_in_eight[measure.RETRIEVAL, 128].maximal == rows["int8", 128].maximal
 
 
@@ -73,3 +73,21 @@ def test_rules_are_compared_and_the_oracle_is_best(tmp_path, monkeypatch):
     best = rows[ORACLE, 128].maximal
     for name in (measure.RETRIEVAL, "mean_key", "page_bound"):
         assert 0.2 < rows[name, 128].maximal < best + 0.02
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "documents is None; it must be names and text files"),
+        (["documents={book: nowhere.txt}"], "documents.book is 'nowhere.txt': No such file or directory"),
+        (["documents={a: b}", "rule=eldest"], "rule is 'eldest'; it must be one of attention"),
+        (["documents={a: b}", "compare=[int3]"], "compare is 'int3'"),
+        (["documents={a: b}", "budget=5"], "budget"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_in_one_line(capsys, monkeypatch, overrides, message):
+    monkeypatch.chdir(ROOT)
+    assert measure.main(overrides) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 
@@ -14,8 +15,6 @@ from tests.support.tiny_models import random_prompt
 def overrides(checkpoints, tmp_path, monkeypatch) -> list[str]:
     target = checkpoints("llama")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(measure_pipeline, "LINKS_GB_PER_S", (0.01,))
-    monkeypatch.setattr(measure_pipeline, "ACCEPTANCES", (["cache.retrieval.budget=32"],))
     return [
         f"model.target={target}",
         f"model.drafter={target}",
@@ -41,7 +40,8 @@ def test_verifications_by_ranks(overrides, capsys):
 
 
 def test_what_overlap_brings_under_both_couplings(overrides, capsys):
-    assert measure_pipeline.main(["overlap", *overrides]) == 0
+    one_row = partial(measure_pipeline.overlap, links=(0.01,), acceptances=(["cache.retrieval.budget=32"],))
+    measure_pipeline.measure(["overlap", *overrides], {"overlap": one_row})
     head, rule, *found = rows(capsys)
     assert all(len(row) == len(head) == len(rule) for row in found)
     assert [row[:2] for row in found] == [["maximal", "0.01 GB/s"], ["gumbel", "0.01 GB/s"]]

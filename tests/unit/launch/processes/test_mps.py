@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.processes import mps
-from launch.processes.mps import LOG_FOLDER, PIPE_FOLDER, Service, is_available, num_devices, num_workers
+from launch.processes.mps import LOG_FOLDER, PIPE_FOLDER, MpsService, is_available, num_devices, num_workers
 
 ROOT = Path(__file__).resolve().parents[4]
 DAEMON = """#!/bin/sh
@@ -43,7 +43,7 @@ def num_starts(folder: Path) -> int:
 
 
 def test_the_first_guard_starts_it_and_all_are_clients(environment, tmp_path):
-    first, second = Service(environment), Service(environment)
+    first, second = MpsService(environment), MpsService(environment)
     joined = first.join()
     assert joined.keys() == {PIPE_FOLDER, LOG_FOLDER} and is_available(joined)
     assert second.join() == joined and num_starts(tmp_path) == 1
@@ -56,7 +56,7 @@ def test_the_first_guard_starts_it_and_all_are_clients(environment, tmp_path):
 
 def test_what_a_killed_run_left_is_not_taken_for_a_daemon(environment, tmp_path, monkeypatch):
     monkeypatch.setattr(mps, "START_SECONDS", 0.3)
-    earlier, later = Service(environment), Service(environment)
+    earlier, later = MpsService(environment), MpsService(environment)
     folder = Path(earlier.join()[PIPE_FOLDER])
     earlier._daemon.kill()
     earlier._lock.close()
@@ -69,11 +69,11 @@ def test_what_a_killed_run_left_is_not_taken_for_a_daemon(environment, tmp_path,
 def test_a_folder_of_somebody_else_is_not_used(environment, tmp_path, monkeypatch):
     (tmp_path / "theirs").mkdir()
     (tmp_path / f"tierforce-mps-{mps.os.getuid()}--1").symlink_to(tmp_path / "theirs")
-    assert Service(environment).join() == {} and num_starts(tmp_path) == 0
+    assert MpsService(environment).join() == {} and num_starts(tmp_path) == 0
 
 
 def test_two_runs_have_one_each(environment, tmp_path):
-    first, second = Service(environment), Service(environment | {"MASTER_PORT": "2"})
+    first, second = MpsService(environment), MpsService(environment | {"MASTER_PORT": "2"})
     assert first.join() != second.join() and num_starts(tmp_path) == 2
     first.close()
     second.close()
@@ -81,32 +81,32 @@ def test_two_runs_have_one_each(environment, tmp_path):
 
 @pytest.mark.parametrize(("world_size", "node"), [("2", "0"), ("1", "1")])
 def test_who_shares_no_device_needs_none(environment, tmp_path, world_size, node):
-    assert Service(environment | {"LOCAL_WORLD_SIZE": world_size, "GROUP_RANK": node}).join() == {}
+    assert MpsService(environment | {"LOCAL_WORLD_SIZE": world_size, "GROUP_RANK": node}).join() == {}
     assert num_starts(tmp_path) == 0
 
 
 def test_without_a_device_there_is_none(environment, tmp_path, monkeypatch):
     monkeypatch.setattr(mps, "num_devices", lambda environment: 0)
-    assert Service(environment).join() == {} and num_starts(tmp_path) == 0
+    assert MpsService(environment).join() == {} and num_starts(tmp_path) == 0
 
 
 def test_that_of_the_user_is_left_alone(environment, tmp_path):
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "control").touch()
-    assert Service(environment | {PIPE_FOLDER: str(tmp_path / "theirs")}).join() == {}
+    assert MpsService(environment | {PIPE_FOLDER: str(tmp_path / "theirs")}).join() == {}
     assert num_starts(tmp_path) == 0
 
 
 def test_without_the_program_there_is_none(environment, tmp_path):
     (tmp_path / mps.CONTROL).unlink()
-    assert Service(environment).join() == {}
+    assert MpsService(environment).join() == {}
 
 
 @pytest.mark.parametrize("act", ["exit 1", "exec sleep 60"], ids=["fails", "never listens"])
 def test_one_that_cannot_be_had_is_no_error(environment, tmp_path, monkeypatch, act):
     monkeypatch.setattr(mps, "START_SECONDS", 0.3)
     install(tmp_path, act)
-    service = Service(environment)
+    service = MpsService(environment)
     assert service.join() == {} and num_starts(tmp_path) == 1
     service.close()
 
@@ -115,7 +115,7 @@ KILLED_GUARD = """
 import os, signal, sys
 from launch.processes import mps
 mps.tempfile.tempdir, mps.num_devices = sys.argv[1], lambda environment: 1
-service = mps.Service(os.environ)
+service = mps.MpsService(os.environ)
 assert service.join()
 print(service._daemon.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)

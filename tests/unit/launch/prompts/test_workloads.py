@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from conf.schema import ConfigError, Dataset, PromptConfig, PromptTask
-from launch.prompts.prompt import check_prompt, read_prompt, workload_of
+from launch.prompts.prompt import check_prompt, read_prompt, read_workload
 from launch.prompts.published_texts import HUB
 from tests.unit.launch.prompts.test_prompt import BOS, WORDS
 
@@ -45,7 +45,7 @@ def test_a_short_document_is_there_as_a_whole():
 def test_a_needle_lies_at_its_depth_between_two_lines(depth):
     config = {"text": LINES, "max_tokens": 3000, "task": NEEDLE, "depth": depth}
     prompt = text_of(**config)
-    (answer,) = workload_of(PromptConfig(**config)).answers
+    (answer,) = read_workload(PromptConfig(**config)).answers
     document = prompt.partition("[start of the text]\n")[2].partition("\n[end of the text]")[0]
     needle = f"\nThe magic number of Lima is {answer}.\n"
     before, found, after = document.partition(needle)
@@ -58,7 +58,7 @@ def test_a_needle_lies_at_its_depth_between_two_lines(depth):
 def test_turns_are_answered_but_for_the_last_and_each_has_its_fact():
     config = {"text": LINES, "max_tokens": 4000, "task": NEEDLE, "turns": 4, "depth": 0.1}
     prompt = text_of(**config)
-    (answer,) = workload_of(PromptConfig(**config)).answers
+    (answer,) = read_workload(PromptConfig(**config)).answers
     assert prompt.count("What is the magic number of") == 4
     assert prompt.count("The magic number of Lima is") == 2 and prompt.count(answer) == 1
     assert prompt.rstrip().endswith("is") and prompt.index(answer) < len(prompt) / 3
@@ -107,7 +107,7 @@ def test_books_are_read_in_sorted_order(books):
 def test_a_story_comes_with_its_question_and_answers(stories):
     config = PromptConfig(dataset=Dataset.narrativeqa, path=str(stories), task=PromptTask.question, max_tokens=400)
     assert "What was the weather?\n\nASSISTANT: " in WORDS.decode(read_prompt(config, WORDS))
-    assert workload_of(config).answers == ("Rain", "It rained")
+    assert read_workload(config).answers == ("Rain", "It rained")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_folder_laid_out_as_on_the_hub_is_read(tmp_path, dataset):
     assert WORDS.decode(read_prompt(config, WORDS)[1:]).startswith("A book. It rained")
     if dataset is Dataset.narrativeqa:
         asked = PromptConfig(dataset=dataset, path=str(tmp_path), task=PromptTask.question)
-        assert workload_of(asked).answers == ("Rain", "It rained")
+        assert read_workload(asked).answers == ("Rain", "It rained")
     with pytest.raises(ConfigError, match="prompt.item is 2"):
         check_prompt(PromptConfig(dataset=dataset, path=str(tmp_path), item=2))
 

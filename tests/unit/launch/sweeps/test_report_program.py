@@ -10,6 +10,7 @@ import pytest
 from conf.schema import ConfigError
 from launch import report
 from launch.sweeps import figures as report_figures
+from launch.sweeps.drawing import LeftOutError, save
 from launch.sweeps.medians import fastest, load, results_of, series_of, where
 from launch.sweeps.table import write_row, write_table
 from tests.support import fake_run
@@ -97,7 +98,7 @@ def test_axes_have_labels_and_units_and_the_bytes_are_the_same_twice(name, tmp_p
         (tmp_path / folder).mkdir()
         drawing = report_figures.draw(name, results)
         for suffix in ("png", "svg"):
-            report_figures.save(drawing.figure, tmp_path / folder / f"{name}.{suffix}")
+            save(drawing.figure, tmp_path / folder / f"{name}.{suffix}")
     for suffix in ("png", "svg"):
         first, second = ((tmp_path / folder / f"{name}.{suffix}").read_bytes() for folder in "ab")
         assert first == second and len(first) > 2000
@@ -118,7 +119,7 @@ def test_what_the_table_has_no_axis_for_is_left_out_with_a_reason(name):
     if name in ("per_position", "breakdown"):
         assert report_figures.draw(name, alone)
     else:
-        with pytest.raises(report_figures.LeftOutError, match="several values of"):
+        with pytest.raises(LeftOutError, match="several values of"):
             report_figures.draw(name, alone)
 
 

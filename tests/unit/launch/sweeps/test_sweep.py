@@ -25,26 +25,26 @@ from rich.console import Console
 from conf.schema import ConfigError
 from launch import sweep
 from launch.command_line.overrides import CONFIG_FOLDER
-from launch.sweeps import job as sweep_job
 from launch.sweeps.config import SweepConfig, read_sweep
-from launch.sweeps.job import jobs_of, override_of
+from launch.sweeps.job import RUN_PROGRAM, jobs_of, override_of, run_jobs
 from launch.sweeps.progress import SweepProgress, duration
+from launch.sweeps.runner import run_sweep
 from launch.sweeps.table import METRICS, finished_result, read_rows, read_table, row_of_result, write_row, write_table
 from tests.support import fake_run
 
 ROOT = Path(sweep.__file__).parents[1]
+FAKE_RUN = Path(fake_run.__file__)
 
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
     """Sweeps in tmp_path/s with the fake program; returns the exit code and what was shown."""
-    monkeypatch.setattr(sweep_job, "PROGRAM", Path(fake_run.__file__))
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     monkeypatch.chdir(tmp_path)
 
-    def run(*argv: str) -> tuple[int, str]:
+    def run(*argv: str, program: Path = FAKE_RUN) -> tuple[int, str]:
         text = io.StringIO()
-        code = sweep.main([*argv, "output=s"], Console(file=text, width=1000))
+        code = run_sweep([*argv, "output=s"], Console(file=text, width=1000), program)
         return code, text.getvalue()
 
     return run
@@ -63,7 +63,7 @@ def starts() -> list[str]:
 # ---- A sweep. ----
 
 
-def test_one_of_four_fails_the_others_run_and_a_second_sweep_runs_only_that_one(fake, monkeypatch):
+def test_one_of_four_fails_the_others_run_and_a_second_sweep_runs_only_that_one(fake):
     grid = ["-m", "decoding.gamma1=1,2", "prompt.text=fine,fail"]
     code, shown = fake(*grid, "decoding.gamma2=4")
     assert code == 1
@@ -82,14 +82,14 @@ def test_one_of_four_fails_the_others_run_and_a_second_sweep_runs_only_that_one(
     assert "[4/4]" in shown and "MemoryError: no room" in shown
     assert len(starts()) == 4
 
-    monkeypatch.setattr(sweep_job, "PROGRAM", Path("mended.py").absolute())
-    Path("mended.py").write_text(Path(fake_run.__file__).read_text().replace('how == "fail"', "False"))
-    code, shown = fake(*reversed(grid[1:]), "-m", "decoding.gamma2=4")
+    mended = Path("mended.py").absolute()
+    mended.write_text(FAKE_RUN.read_text().replace('how == "fail"', "False"))
+    code, shown = fake(*reversed(grid[1:]), "-m", "decoding.gamma2=4", program=mended)
     assert code == 0 and "4 done (2 of them before), 0 failed, 0 left" in shown
     assert len(starts()) == 6 and all("fail" in line for line in starts()[4:])
-    code, _ = fake(*grid, "decoding.gamma2=4")
+    code, _ = fake(*grid, "decoding.gamma2=4", program=mended)
     assert code == 0 and len(starts()) == 6
-    code, _ = fake(*grid, "decoding.gamma2=4", "resume=false")
+    code, _ = fake(*grid, "decoding.gamma2=4", "resume=false", program=mended)
     assert code == 0 and len(starts()) == 10
 
 
@@ -187,8 +187,9 @@ def test_torchrun_is_refused_since_the_sweep_starts_it(fake, capfd, monkeypatch)
 
 
 def test_an_interrupted_sweep_ends_its_job_and_leaves_no_row(tmp_path):
-    code = "import sys; from launch import sweep; from launch.sweeps import job; "
-    code += f"job.PROGRAM = {fake_run.__file__!r}; sys.exit(sweep.main())"
+    code = "import sys; from pathlib import Path; from rich.console import Console; "
+    code += "from launch.sweeps.runner import run_sweep; "
+    code += f"sys.exit(run_sweep(sys.argv[1:], Console(), Path({fake_run.__file__!r})))"
     command = [sys.executable, "-c", code, "-m", "prompt.text=fine,hang,fine2", f"output={tmp_path}/s"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     log = tmp_path / "s/jobs/starts.txt"
@@ -209,7 +210,7 @@ def test_the_real_program_runs_and_is_measured(checkpoints, tmp_path):
     argv = [f"model.target={target}", f"model.drafter={drafter}", "prompt.text='t1 t2 t3 t4 t5 t6'"]
     argv += ["placement.threads=1", "cache.streaming.window=40", "generation.max_new_tokens=6"]
     argv += ["sampling.temperature=0", "model.self_check=false", f"output={tmp_path}/s"]
-    assert sweep.main(argv, Console(file=io.StringIO())) == 0
+    assert sweep.main(argv) == 0
     (row,) = read_rows(tmp_path / "s")
     assert row["new_tokens"] == 6 and row["tbt_ms"] > 0 and row["prompt.text"] == "t1 t2 t3 t4 t5 t6"
     assert finished_result(tmp_path / "s/jobs" / row["id"])["config"]["sampling"]["temperature"] == 0
@@ -240,11 +241,11 @@ def test_the_same_settings_come_to_the_same_folder_and_others_do_not():
 def test_several_processes_are_started_by_torchrun():
     (job,) = jobs_of(configured(processes=5, decoding={"gamma1": 4}))
     assert job.command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=5"]
-    assert job.command[5:] == [str(sweep_job.PROGRAM), "decoding.gamma1=4", f"output='{job.folder}'"]
+    assert job.command[5:] == [str(RUN_PROGRAM), "decoding.gamma1=4", f"output='{job.folder}'"]
 
 
 def test_a_job_that_two_ask_for_at_once_is_run_once(fake):
-    (job,) = jobs_of(configured(output="s"))
+    (job,) = jobs_of(configured(output="s"), FAKE_RUN)
     with ThreadPoolExecutor(4) as pool:
         rows = list(pool.map(lambda _: job.run(resume=True, timeout_s=None), range(4)))
     assert [row["status"] for row in rows] == ["done"] * 4 and len(starts()) == 1
@@ -252,7 +253,7 @@ def test_a_job_that_two_ask_for_at_once_is_run_once(fake):
 
 def test_the_objective_is_the_least_of_the_median_and_infinite_where_a_job_failed(fake):
     def objective(**changes):
-        return sweep_job.run_jobs(configured(output="s", **changes))
+        return run_jobs(configured(output="s", **changes), FAKE_RUN)
 
     assert objective() == 10
     assert objective(objective="-tokens_per_s", repeat=2) == -100

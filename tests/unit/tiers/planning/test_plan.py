@@ -1,15 +1,14 @@
-"""The memory plan fits, fills the device, refuses with numbers that are true, and is what the engine then takes."""
+"""The memory plan fits, fills the device, and refuses with numbers that are true, before anything is loaded."""
 
 from __future__ import annotations
 
 import errno
 import re
-import tempfile
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -17,25 +16,19 @@ from hypothesis import strategies as st
 
 from conf.schema import (
     CacheConfig,
-    ChunkDtype,
     ConfigError,
-    DecodingConfig,
-    Dtype,
     FullCacheConfig,
     FullCacheTier,
-    Mode,
-    ModelConfig,
-    PlacementConfig,
-    RetrievalCacheConfig,
-    RunConfig,
-    StreamingCacheConfig,
 )
-from launch.assembly.engine import build, prepare
+from launch.assembly.engine import build
+from launch.assembly.prepare import prepare
 from tests.support.tiny_models import random_prompt, save_checkpoint, tiny_config
+from tests.support.tiny_runs import task_for, tiny_run
 from tiers import pinned_host_tier
 from tiers.base import CacheShape
 from tiers.planning import memory
-from tiers.planning.plan import RESERVE_SHARE, MemoryPlan, PlanInput, block_tokens_for, make_plan
+from tiers.planning.plan import RESERVE_SHARE, MemoryPlan, block_tokens_for, make_plan
+from tiers.planning.sizes import PlanInput, RetrievalSizes, StreamingSizes
 
 REPEATABLE = settings(derandomize=True, deadline=None, max_examples=60)
 GIB, MIB = 2**30, 2**20
@@ -47,11 +40,11 @@ INPUTS = PlanInput(
     target_weight_bytes=100 * MIB,
     max_tokens=20_000,
     slack_tokens=12,
-    retrieval_budget=1024,
-    retrieval_tail=276,
+    piece_tokens=1024,
+    retrieval=RetrievalSizes(budget=1024, tail_tokens=276),
     drafter_shape=CacheShape(num_layers=2, num_kv_heads=2, head_dim=64, dtype=torch.bfloat16),
     drafter_weight_bytes=10 * MIB,
-    drafter_slots=576,
+    streaming=StreamingSizes(sinks=4, window=508, slack=64),
     activation_bytes=8 * MIB,
     device_free_bytes=PLENTY,
     host_free_bytes=PLENTY,
@@ -89,7 +82,7 @@ def test_auto_places_as_many_layers_on_the_device_as_fit(num_device_layers):
         fitting = [count for count, need in enumerate(needs) if need <= usable]
         inputs = replace(INPUTS, device_free_bytes=free)
         if fitting:
-            assert make_plan(inputs, cache_config()).num_device_layers == max(fitting)
+            assert make_plan(inputs, cache_config()).sizes.num_device_layers == max(fitting)
         else:
             with pytest.raises(ConfigError):
                 make_plan(inputs, cache_config())
@@ -135,9 +128,9 @@ def test_a_plan_fits_and_a_refusal_is_true(
     else:
         assert plan.totals["device"] <= device and plan.totals["host"] <= host and plan.totals["disk"] <= disk
         assert not device_is_host or plan.totals["device"] + plan.totals["host"] <= host
-        layers = (plan.num_device_layers, plan.num_host_layers)
+        layers = (plan.sizes.num_device_layers, plan.sizes.num_host_layers)
         assert layers in allowed_layers(tier, device_layers, host_layers)
-        assert sum(layers) + plan.num_disk_layers == SHAPE.num_layers
+        assert sum(layers) + plan.sizes.num_disk_layers == SHAPE.num_layers
 
 
 def allowed_layers(tier: FullCacheTier, device_layers: str, host_layers: str) -> list[tuple[int, int]]:
@@ -170,8 +163,8 @@ def test_disk_is_used_where_the_host_does_not_suffice():
         disk_free_bytes=PLENTY,
     )
     plan = make_plan(inputs, cache_config())
-    assert plan.num_device_layers == 0 and 0 < plan.num_host_layers < SHAPE.num_layers
-    assert plan.num_disk_layers == SHAPE.num_layers - plan.num_host_layers
+    assert plan.sizes.num_device_layers == 0 and 0 < plan.sizes.num_host_layers < SHAPE.num_layers
+    assert plan.sizes.num_disk_layers == SHAPE.num_layers - plan.sizes.num_host_layers
     assert "on disk" in plan.reason
     with pytest.raises(ConfigError):
         make_plan(inputs, cache_config(tier=FullCacheTier.host))
@@ -283,7 +276,7 @@ def test_more_device_layers_than_the_model_has_are_refused(device_layers):
 )
 def test_layers_go_where_the_configuration_says(tier, device_layers, wanted):
     plan = make_plan(INPUTS, cache_config(tier=tier, device_layers=device_layers))
-    assert plan.num_device_layers == wanted
+    assert plan.sizes.num_device_layers == wanted
     assert f"{wanted} of 8 layers on the device" in plan.reason
     assert ("on the host" in plan.reason) == (wanted < 8)
 
@@ -292,7 +285,7 @@ def test_a_cpu_does_not_count_its_memory_twice():
     need = plan_of(8).totals["device"]
     free = free_bytes_for(need)
     inputs = replace(INPUTS, device_free_bytes=free, host_free_bytes=free, device_is_host=True)
-    assert make_plan(inputs, cache_config()).num_device_layers == 8
+    assert make_plan(inputs, cache_config()).sizes.num_device_layers == 8
     short = replace(inputs, device_free_bytes=free * 9 // 10, host_free_bytes=free * 9 // 10)
     with pytest.raises(ConfigError):  # moving layers from one half of the same memory to the other gives nothing
         make_plan(short, cache_config())
@@ -310,92 +303,16 @@ def test_blocks_are_a_power_of_two_of_at_most_8_mib_and_an_eighth_of_the_context
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    """Checkpoints of three families."""
-    root = tmp_path_factory.mktemp("models")
-    return {
-        name: save_checkpoint(root / name, tiny_config(name, max_position_embeddings=4096))
-        for name in ("llama", "qwen2", "gemma2")
-    }
+def folder(tmp_path_factory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("model"), tiny_config("llama", max_position_embeddings=4096))
 
 
-def run_config(folders, *, target="llama", drafter="llama", mode=Mode.triforce, retrieval=None, **full) -> RunConfig:
-    return RunConfig(
-        model=ModelConfig(
-            target=str(folders[target]),
-            drafter=drafter if drafter in ("lookup", "none") else str(folders[drafter]),
-            dtype=Dtype.float32,
-            self_check=False,
-        ),
-        decoding=DecodingConfig(mode=mode),
-        cache=CacheConfig(
-            full=FullCacheConfig(**full),
-            retrieval=RetrievalCacheConfig(**({"budget": 128} | (retrieval or {}))),
-            streaming=StreamingCacheConfig(sinks=2, window=100),
-        ),
-        placement=PlacementConfig(device="cpu"),
-        output=tempfile.gettempdir(),  # where files of the disk tier are, without a name
-    )
-
-
-CONFIGURATIONS = {
-    "device": {"tier": FullCacheTier.device},
-    "auto": {},
-    "host": {"tier": FullCacheTier.host},
-    "host, small blocks": {"tier": FullCacheTier.host, "block_tokens": "16"},
-    "host, odd blocks, five buffers": {"tier": FullCacheTier.host, "block_tokens": "37", "stream_buffers": 5},
-    "host, no complete block": {"tier": FullCacheTier.host, "block_tokens": "4096"},
-    "host, a tail longer than its block": {"tier": FullCacheTier.host, "block_tokens": "48"},
-    "disk": {"tier": FullCacheTier.disk, "block_tokens": "32"},
-    "disk and host": {"tier": FullCacheTier.disk, "host_layers": "1", "block_tokens": "16"},
-    "host and device": {"device_layers": "1", "block_tokens": "64"},
-    "lookup": {"tier": FullCacheTier.host, "block_tokens": "32", "drafter": "lookup"},
-    "no drafter": {"mode": Mode.retrieval, "drafter": "none", "device_layers": "1"},
-    "streaming": {"mode": Mode.streaming, "tier": FullCacheTier.host, "block_tokens": "32"},
-    "autoregressive": {"mode": Mode.autoregressive, "tier": FullCacheTier.host, "block_tokens": "32"},
-    "budget above the prompt": {"retrieval": {"budget": 4096}},
-    "quantised chunks": {"retrieval": {"budget": 200, "dtype": ChunkDtype.int8}},
-    "chunks of 4 bits, host": {"tier": FullCacheTier.host, "retrieval": {"budget": 256, "dtype": ChunkDtype.int4}},
-    "odd chunks, never rebuilt": {"retrieval": {"budget": 130, "chunk_size": 13, "rebuild": "never"}},
-    "sliding windows": {"target": "gemma2", "drafter": "gemma2", "device_layers": "1", "block_tokens": "16"},
-    "tied weights": {"target": "qwen2", "drafter": "qwen2", "tier": FullCacheTier.host, "block_tokens": "16"},
-}
-NOT_FROM_TIERS = ("target weights", "drafter weights", "activations", "workspace", "places of chunks ahead")
-
-
-@pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_planned_bytes_are_those_that_the_engine_takes(folders, name):
-    config = run_config(folders, **CONFIGURATIONS[name])
-    prepared = prepare(config)
-    with closing(build(config, prepared, random_prompt(600), max_new_tokens=150, seed=0)) as engine:
-        used = {tier.name: tier.used_bytes for tier in (engine._builder.device_tier, engine._builder.host_tier)}
-        tier = config.cache.full.tier
-        wants_host = tier in (FullCacheTier.host, FullCacheTier.disk) or config.cache.full.device_layers != "auto"
-        assert (engine.plan.num_device_layers < prepared.target.cache_shape.num_layers) == wants_host
-        planned = engine.plan.device_bytes
-        assert used["device"] == sum(size for what, size in planned.items() if what not in NOT_FROM_TIERS)
-        from_host_tier = engine.plan.totals["host"] - engine.plan.host_bytes.get("page buffers", 0)
-        assert used["host"] == from_host_tier
-        weights = engine._target._model.hf_model.parameters()
-        assert planned["target weights"] == sum(parameter.nbytes for parameter in weights)
-        report = engine.memory_report()
-        for name_of_tier in ("device", "host", "disk"):
-            assert report[name_of_tier]["planned_bytes"] == engine.plan.totals[name_of_tier]
-        passing = sum(planned.get(what, 0) for what in ("activations", "workspace", "places of chunks ahead"))
-        assert report["device"]["peak_bytes"] == report["device"]["planned_bytes"] - passing
-        assert report["host"]["peak_bytes"] == from_host_tier
-        assert report["disk"]["peak_bytes"] == report["disk"]["planned_bytes"]
-        assert (report["disk"]["planned_bytes"] > 0) == (tier is FullCacheTier.disk)
-        in_process = engine.plan.totals["device"] + engine.plan.totals["host"]
-        assert report["process"]["planned_bytes"] > in_process and report["process"]["peak_bytes"] > in_process
-
-
-def test_a_plan_that_does_not_fit_is_refused_before_any_weight_is_read(folders, monkeypatch):
-    config = run_config(folders)
+def test_a_plan_that_does_not_fit_is_refused_before_any_weight_is_read(folder, monkeypatch):
+    config = tiny_run(folder, folder)
     config.placement.device_memory_gib = 1e-4
     monkeypatch.setattr("launch.assembly.role_builder.load_model", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(ConfigError, match=r"a context of 750 tokens needs 0\.\d+ GiB"):
-        build(config, prepare(config), random_prompt(600), max_new_tokens=150, seed=0)
+        build(task_for(config, random_prompt(600), 150))
 
 
 @pytest.mark.parametrize(
@@ -408,7 +325,7 @@ def test_a_plan_that_does_not_fit_is_refused_before_any_weight_is_read(folders, 
         (FullCacheTier.disk, ["disk tier", "GiB", "No space left"]),
     ],
 )
-def test_memory_that_is_not_there_after_all_is_a_configuration_error(folders, monkeypatch, tier, words):
+def test_memory_that_is_not_there_after_all_is_a_configuration_error(folder, monkeypatch, tier, words):
     """A limit that no plan can see: of page-locked memory, or a quota of the disk."""
 
     def no_memory(*args, **kwargs):
@@ -417,12 +334,12 @@ def test_memory_that_is_not_there_after_all_is_a_configuration_error(folders, mo
     def no_disk(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    config = run_config(folders, tier=tier, block_tokens="16")
+    config = tiny_run(folder, folder, tier=tier)
     prepared = prepare(config)
     monkeypatch.setattr(pinned_host_tier, "torch", SimpleNamespace(empty=no_memory))
     monkeypatch.setattr("os.posix_fallocate", no_disk)
     with pytest.raises(ConfigError) as caught:
-        build(config, prepared, random_prompt(600), max_new_tokens=150, seed=0)
+        build(task_for(config, random_prompt(600), 150, prepared=prepared))
     assert all(word in str(caught.value) for word in [*words, "prompt.max_tokens"])
 
 
@@ -462,15 +379,22 @@ def test_the_memory_of_the_process_is_what_the_system_counts():
     assert memory.process_bytes()[1] > 0.99 * peak > 0.98 * with_block
 
 
+def test_a_plan_reaches_another_process_as_it_is():
+    inputs = replace(INPUTS, retrieval=RetrievalSizes(budget=512, tail_tokens=88, bits=8, is_rebuilt=True))
+    plan = make_plan(inputs, cache_config(tier=FullCacheTier.host))
+    sent = msgspec.msgpack.encode(msgspec.to_builtins(plan))
+    assert msgspec.convert(msgspec.msgpack.decode(sent), MemoryPlan) == plan
+
+
 def test_where_there_is_no_room_to_collect_chunks_they_are_fetched():
     """Rather than refused, or put on a slower tier."""
-    inputs = replace(INPUTS, retrieval_budget=512, retrieval_tail=88, ahead_tokens=512)
+    inputs = replace(INPUTS, retrieval=RetrievalSizes(budget=512, tail_tokens=88, is_rebuilt=True))
     cache = CacheConfig(full=FullCacheConfig(tier=FullCacheTier.host))
     plan = make_plan(inputs, cache)
-    assert plan.chooses_ahead and plan.device_bytes["chunks ahead"] > 0
+    assert plan.sizes.chooses_ahead and plan.device_bytes["chunks ahead"] > 0
     need = plan.totals["device"] - plan.device_bytes["chunks ahead"] // 2
     tight = make_plan(replace(inputs, device_free_bytes=int(need / (1 - RESERVE_SHARE)) + 1), cache)
-    assert not tight.chooses_ahead and "chunks ahead" not in tight.device_bytes
+    assert not tight.sizes.chooses_ahead and "chunks ahead" not in tight.device_bytes
     assert tight.totals["host"] == plan.totals["host"]
 
 

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from tests.support.all_caches import SHAPE, PoisonedDeviceTier, Reference, forward, full_cache, random_kv, read_prompt
 from tiers.base import CacheShape, Segment
-from tiers.retrieval.attention_rule import DECAY, AttentionMass
-from workers.attention.attend import ForwardPass, active, attend, cached_attention
+from tiers.retrieval.attention_rule import DECAY, AttentionRule
+from workers.attention.attend import attend
 from workers.attention.chunk_mass import ChunkMass
+from workers.attention.forward_pass import ForwardPass, Observers, active, cached_attention
 
 REPEATABLE = settings(derandomize=True, deadline=None, max_examples=60)
 HEADS, DIM = SHAPE.num_kv_heads, SHAPE.head_dim
@@ -70,7 +71,7 @@ def test_a_pass_tells_every_layers_mass_and_adds_up_to_one():
         reference = Reference(2)
         read_prompt(cache, reference.append(70, 1), 50)
         new = reference.append(4, 2)
-        with active(ForwardPass(cache, 70, observe_mass=seen.__setitem__, chunk_size=8), 4):
+        with active(ForwardPass(cache, 70, Observers(on_mass=seen.__setitem__, chunk_size=8)), 4):
             for layer, (k, v) in enumerate(new):
                 module = torch.nn.Module()
                 module.layer_idx = layer
@@ -80,9 +81,9 @@ def test_a_pass_tells_every_layers_mass_and_adds_up_to_one():
         torch.testing.assert_close(mass.sum(1), torch.ones(HEADS))
 
 
-def rule_of(num_tokens: int, chunk_size: int) -> AttentionMass:
+def rule_of(num_tokens: int, chunk_size: int) -> AttentionRule:
     shape = CacheShape(num_layers=1, num_kv_heads=HEADS, head_dim=DIM, dtype=torch.float32)
-    return AttentionMass(shape, num_tokens, chunk_size, PoisonedDeviceTier())
+    return AttentionRule(shape, num_tokens, chunk_size, PoisonedDeviceTier())
 
 
 def test_heads_choose_what_they_attended_to():

@@ -19,8 +19,8 @@ from tests.support.all_caches import (
     read_prompt,
 )
 from tiers.base import CacheShape
-from tiers.full_cache import BlockLayer
-from tiers.retrieval.mean_key_rule import ChunkIndex
+from tiers.block_layer import BlockLayer
+from tiers.retrieval.mean_key_rule import MeanKeyRule
 from tiers.retrieval.selection import RetrievalSelection
 
 REPEATABLE = settings(derandomize=True, deadline=None, max_examples=60)
@@ -41,7 +41,7 @@ class Sequence:
         self.cache = full_cache(tiers, capacity=400, windows=windows)
         self.reference = Reference(len(tiers))
         read_prompt(self.cache, self.reference.append(num_tokens, 1), 50)
-        rule = ChunkIndex(shape, 400, chunk_size, device_tier)
+        rule = MeanKeyRule(shape, 400, chunk_size, device_tier)
         size = (len(self.cache.layers_in_blocks), 2, HEADS * budget, DIM)
         ahead = device_tier.allocate(*size, dtype=torch.float32).zero_()
         self.selection = RetrievalSelection(self.cache, rule, windows, budget, 0.25, None, ahead)

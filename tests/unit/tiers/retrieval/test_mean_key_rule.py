@@ -20,7 +20,7 @@ from tests.support.all_caches import (
     read_prompt,
 )
 from tiers.base import CacheShape
-from tiers.retrieval.mean_key_rule import ChunkIndex
+from tiers.retrieval.mean_key_rule import MeanKeyRule
 from tiers.retrieval.selection import RetrievalSelection
 
 REPEATABLE = settings(derandomize=True, deadline=None, max_examples=60)
@@ -66,10 +66,10 @@ def naive_choice(
     return sorted(chosen), margin
 
 
-def index_of(k: torch.Tensor, chunk_size: int) -> ChunkIndex:
+def index_of(k: torch.Tensor, chunk_size: int) -> MeanKeyRule:
     """With the keys of one layer, as prefill in one piece fills it."""
     shape = CacheShape(num_layers=1, num_kv_heads=HEADS, head_dim=DIM, dtype=k.dtype)
-    index = ChunkIndex(shape, k.shape[1], chunk_size, PoisonedDeviceTier())
+    index = MeanKeyRule(shape, k.shape[1], chunk_size, PoisonedDeviceTier())
     index.observe(0, 0, k)
     return index
 
@@ -152,7 +152,7 @@ def test_more_chunks_than_there_are_are_refused():
         index_of(k, 10).select(0, random_queries(1, 1, 1), 3, 4, 1)
 
 
-def mean_keys(index: ChunkIndex, layer: int) -> torch.Tensor:
+def mean_keys(index: MeanKeyRule, layer: int) -> torch.Tensor:
     return index._means[layer, :, : index._num_indexed[layer]]
 
 
@@ -165,7 +165,7 @@ def mean_keys(index: ChunkIndex, layer: int) -> torch.Tensor:
 )
 def test_means_kept_up_to_date_equal_means_of_the_whole_cache(tiers, chunk_size, pieces, steps):
     shape = CacheShape(num_layers=len(tiers), num_kv_heads=HEADS, head_dim=DIM, dtype=torch.float32)
-    index = ChunkIndex(shape, 260, chunk_size, PoisonedDeviceTier())
+    index = MeanKeyRule(shape, 260, chunk_size, PoisonedDeviceTier())
     reference = Reference(len(tiers))
     with closing(full_cache(tiers, capacity=260)) as cache:
         for seed, num_new in enumerate(pieces):
@@ -190,7 +190,7 @@ def test_means_kept_up_to_date_equal_means_of_the_whole_cache(tiers, chunk_size,
 @pytest.mark.parametrize("chunk_size", [1, 3, 8, 24])
 def test_prompt_pieces_are_indexed_as_they_come(chunk_size):
     shape = CacheShape(num_layers=1, num_kv_heads=HEADS, head_dim=DIM, dtype=torch.float32)
-    index = ChunkIndex(shape, 200, chunk_size, PoisonedDeviceTier())
+    index = MeanKeyRule(shape, 200, chunk_size, PoisonedDeviceTier())
     k, _ = random_kv(192, 1)
     for start in range(0, 192, 48):
         index.observe(0, start, k[:, start : start + 48])
@@ -218,7 +218,7 @@ def selection_over(tiers: str, num_tokens: int, *, budget: int, chunk_size: int,
     windows = windows or [None] * len(tiers)
     cache, reference = full_cache(tiers, capacity=400, windows=windows), Reference(len(tiers))
     read_prompt(cache, reference.append(num_tokens, 1), 50)
-    index = ChunkIndex(shape, 400, chunk_size, PoisonedDeviceTier())
+    index = MeanKeyRule(shape, 400, chunk_size, PoisonedDeviceTier())
     return cache, reference, RetrievalSelection(cache, index, windows, budget, newest_share)
 
 

@@ -16,17 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import workers.attention.attend
-import workers.attention.kernels
 from tests.support.all_caches import ALL_CACHES, full_cache, kept, positions_of
 from tiers.base import CacheShape, Segment
-from workers.attention.attend import ForwardPass, active, attend, cached_attention
-from workers.attention.kernels import CPU_MATMUL_MIN_KEYS, MASKED_MAX_KEYS, by_matmul
+from workers.attention.attend import attend
+from workers.attention.forward_pass import ForwardPass, Observers, active, cached_attention
+from workers.attention.kernels import LIMITS, KernelLimits, by_matmul
 
 REPEATABLE = settings(derandomize=True, deadline=None, max_examples=80)
 HEADS, DIM = 2, 16
 SCALE = DIM**-0.5
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 NUM_NEW = [1, 3, 17, 70, 130]
+MANY_KEYS = [LIMITS.masked_max_keys, LIMITS.masked_max_keys + 1, LIMITS.cpu_matmul_min_keys - 64, 17_000]
 
 
 def random_qkv(num_groups: int, num_new: int, num_keys: int, dtype=torch.float32, seed: int = 0):
@@ -174,29 +175,37 @@ def test_no_token_sees_a_later_one(num_new):
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_bounding_the_memory_of_scores_changes_the_result_by_rounding_alone(monkeypatch, softcap):
+def test_bounding_the_memory_of_scores_changes_the_result_by_rounding_alone(softcap):
     q, k, v = random_qkv(4, 70, 130, torch.float64)
     wanted = attend(q, cut(k, v, 70, (20,)), first_position=60, scale=SCALE, window=30, softcap=softcap)
-    monkeypatch.setattr(workers.attention.kernels, "SCORES_MAX_BYTES", 7 * HEADS * 110 * 4)
-    got = attend(q, cut(k, v, 70, (20,)), first_position=60, scale=SCALE, window=30, softcap=softcap)
+    limits = KernelLimits(scores_max_bytes=7 * HEADS * 110 * 4)
+    got = attend(q, cut(k, v, 70, (20,)), first_position=60, scale=SCALE, window=30, softcap=softcap, limits=limits)
     assert_near(got, wanted, torch.float64)
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 4])
 @pytest.mark.parametrize("num_new", [15, 16, 17, 32, 33, 64, 65])
-def test_matmul_and_flash_kernel_agree(monkeypatch, num_new, num_groups):
+def test_matmul_and_flash_kernel_agree(num_new, num_groups):
+    class Always(KernelLimits):
+        def flash_wins(self, q, k):
+            return True
+
+    class Never(KernelLimits):
+        def flash_wins(self, q, k):
+            return False
+
     q, k, v = random_qkv(num_groups, num_new, num_new + 50)
     outs = []
-    for use_flash in (True, False):
-        monkeypatch.setattr(workers.attention.attend, "flash_wins", lambda q, k, use_flash=use_flash: use_flash)
-        outs.append(attend(q, cut(k, v, num_new, (30,), num_pad=4), first_position=50, scale=SCALE))
+    for limits in (Always(), Never()):
+        segments = cut(k, v, num_new, (30,), num_pad=4)
+        outs.append(attend(q, segments, first_position=50, scale=SCALE, limits=limits))
     torch.testing.assert_close(outs[0], outs[1], rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_groups", [1, 2])
 @pytest.mark.parametrize("num_new", [1, 2, 20])
-@pytest.mark.parametrize("num_keys", [MASKED_MAX_KEYS, MASKED_MAX_KEYS + 1, CPU_MATMUL_MIN_KEYS - 64, 17_000])
+@pytest.mark.parametrize("num_keys", MANY_KEYS)
 def test_every_way_of_many_keys_equals_plain_softmax(num_keys, num_new, num_groups, dtype):
     q, k, v = random_qkv(num_groups, num_new, num_keys, dtype)
     got = attend(q, cut(k, v, num_new, (), num_pad=-num_keys % 64), first_position=num_keys - num_new, scale=SCALE)
@@ -352,7 +361,7 @@ def test_attention_over_every_cache_equals_plain_softmax_over_its_tokens(case):
 
 def call_as_transformers_does(cache, q, k, v, observe=None, **options):
     """`cached_attention` in a pass of its own; q [1, H * G, T, D], k and v [1, H, T, D]."""
-    with active(ForwardPass(cache, cache.length, observe), k.shape[2]):
+    with active(ForwardPass(cache, cache.length, Observers(on_qkv=observe)), k.shape[2]):
         return cached_attention(SimpleNamespace(layer_idx=0), q, k, v, None, **options)
 
 

@@ -9,17 +9,19 @@ import torch
 
 from conf.schema import ChunkDtype, ConfigError, CudaGraphs, FullCacheTier, Mode
 from launch.assembly import engine
+from launch.assembly.prepare import prepare
 from launch.assembly.role_builder import RoleBuilder
 from tests.support import fake_cuda
 from tests.support.recorded_operations import OperationRecorder
 from tests.support.recorded_steps import SHAPE, TOLERANCE, compare_drafters, compare_retrieval_drafts
 from tests.support.tiny_models import random_prompt
-from tests.support.tiny_runs import DEVICE, HOST, engine_for, generate, run_to_end, tiny_run
+from tests.support.tiny_runs import DEVICE, HOST, engine_for, generate, run_to_end, task_for, tiny_run
 from tiers.device_tier import DeviceTier
 from tiers.streaming_llm_cache import StreamingLLMCache
-from workers.models.cached_models import StreamingModel
 from workers.models.cuda_graphs import CudaRecorder, NotRecordableError, RecordedModel, run_anew
-from workers.models.pretrained import describe, load_model
+from workers.models.facts import describe
+from workers.models.loading import load_model
+from workers.models.streaming_model import StreamingModel
 
 CPU = torch.device("cpu")
 RECORDERS = {"replayed": OperationRecorder, "computed anew": lambda: run_anew}
@@ -129,9 +131,9 @@ def recording(config):
     return replace(config, decoding=replace(config.decoding, cuda_graphs=CudaGraphs.on))
 
 
-def build(config, prompt: list[int], num_tokens: int) -> engine.Engine:
+def build(config, prompt: list[int], num_tokens: int) -> engine.LocalEngine:
     """Of what `prepare` refuses without a GPU."""
-    return engine.build(recording(config), engine.prepare(config), prompt, num_tokens, seed=0)
+    return engine.build(task_for(recording(config), prompt, num_tokens, prepared=prepare(config)))
 
 
 @pytest.mark.parametrize("tier", [DEVICE, HOST])
@@ -166,6 +168,6 @@ def test_what_cannot_be_recorded_runs_without_and_says_why(checkpoints, family, 
 def test_without_a_gpu_on_is_refused_and_auto_records_nothing(checkpoints):
     config = tiny_run(checkpoints("llama"), mode=Mode.retrieval, tier=FullCacheTier.device)
     with pytest.raises(ConfigError, match="decoding.cuda_graphs is 'on'; it must be auto or off on cpu"):
-        engine.prepare(recording(config))
+        prepare(recording(config))
     with engine_for(config, random_prompt(100), 4) as built:
         assert not built._builder.recorded

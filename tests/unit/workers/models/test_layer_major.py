@@ -12,7 +12,8 @@ from tests.support.all_caches import full_cache
 from tests.support.tiny_models import FAMILIES, random_prompt, save_checkpoint, tiny_config
 from tiers.base import CacheShape
 from tiers.device_tier import DeviceTier
-from workers.models.cached_models import CausalModel, TargetModel
+from workers.models.causal_model import CausalModel
+from workers.models.target_model import TargetModel
 
 CPU = torch.device("cpu")
 NUM_TOKENS = 150

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 from conf.schema import ConfigError
 from tests.support.tiny_models import FAMILIES, save_checkpoint, tiny_config
 from workers.models import sharded_weights
-from workers.models.pretrained import _first_layers, describe, load_model
-from workers.models.sharded_weights import fill, make_skeleton, weight_files
+from workers.models.facts import describe
+from workers.models.loading import _first_layers, load_model
+from workers.models.sharded_weights import fill, weight_files
+from workers.models.skeleton import make_skeleton
 from workers.parallel.shard import Shard
 from workers.parallel.tensor_parallel import cut, plan_sharding
 

@@ -13,9 +13,11 @@ import torch
 from tests.support.tiny_models import random_prompt
 from tiers.device_tier import DeviceTier
 from tiers.streaming_llm_cache import StreamingLLMCache
-from workers.models.cached_models import CausalModel, StreamingModel
-from workers.models.pretrained import describe, load_model
+from workers.models.causal_model import CausalModel
+from workers.models.facts import describe
+from workers.models.loading import load_model
 from workers.models.shared_weights import SharedWeights, load_shared_model
+from workers.models.streaming_model import StreamingModel
 
 CPU, ROOT, PROMPT = torch.device("cpu"), Path(__file__).resolve().parents[4], random_prompt(20)
 FAMILIES = {"llama": {}, "tied": {"tie_word_embeddings": True}, "gemma3_text": {}, "phi3": {}, "gpt_oss": {}}

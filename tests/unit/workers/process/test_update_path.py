@@ -14,18 +14,17 @@ from tiers.retrieval.context_summary import Summary
 from tiers.retrieval_cache import LayerUpdate, RetrievalUpdate
 from tiers.shared_memory import AttachedPart, SharedArena
 from workers.messages import Call, MakeUpdate, Reply, TakeUpdate, UpdateNotice
-from workers.models.cached_models import RetrievalModel, SharedRetrievalModel
+from workers.models.retrieval_model import ReceivingRetrievalModel, SharedRetrievalModel
 from workers.process.channel import from_frames, to_frames
 from workers.process.tensor_frames import from_raw, to_raw
 from workers.process.update_path import (
     Carried,
     Carrying,
-    FromItsMemory,
     IntoItsMemory,
-    PublishingVerifier,
-    ReceivingRetriever,
     SameProcess,
 )
+from workers.retrieval_drafter import RetrievalDrafter
+from workers.target_verifier import TargetVerifier
 
 CPU = torch.device("cpu")
 NUM_LAYERS, NUM_HEADS, DIM = 2, 3, 4
@@ -108,8 +107,8 @@ def crossed(message):
     return from_frames([bytes(frame) for frame in to_frames(message, to_raw)], from_raw)
 
 
-class FakeVerifier:
-    """Of one rank: hands out parts of the updates."""
+class FakeTargetModel:
+    """The target's model of one rank: hands out parts of the updates."""
 
     def __init__(self, heads: slice):
         self._updates = iter(part_of(update, heads) for update in updates())
@@ -118,9 +117,8 @@ class FakeVerifier:
         return next(self._updates)
 
 
-class FakeRetriever:
-    def __init__(self, model):
-        self.refresh = model.load
+def verifier_of(heads: slice, publisher) -> TargetVerifier:
+    return TargetVerifier(FakeTargetModel(heads), coupling=None, publisher=publisher)
 
 
 HEADS = {1: [slice(0, 3)], 2: [slice(0, 2), slice(2, 3)], 4: [slice(0, 1), slice(1, 2), slice(1, 2), slice(2, 3)]}
@@ -128,16 +126,17 @@ HEADS = {1: [slice(0, 3)], 2: [slice(0, 2), slice(2, 3)], 4: [slice(0, 1), slice
 
 
 def ends_of(way: str, num_ranks: int, bits: int | None):
-    """A publisher for each rank, the receiver, and the retriever's model and cache."""
+    """A publisher for each rank, and the retriever's model and cache."""
     heads = HEADS[num_ranks]
     writers = [index == 0 or heads[index] != heads[index - 1] for index in range(num_ranks)]
     if way == "same process":
         both = SameProcess()
         cache = cache_in(DeviceTier(CPU), bits=bits)
-        return [both], both, RetrievalModel(Weights(), cache), cache
+        return [both], ReceivingRetrievalModel(Weights(), cache, receiver=both), cache
     if way == "carried":
         cache = cache_in(DeviceTier(CPU), bits=bits)
-        return [Carrying(sends=writes) for writes in writers], Carried(), RetrievalModel(Weights(), cache), cache
+        publishers = [Carrying(sends=writes) for writes in writers]
+        return publishers, ReceivingRetrievalModel(Weights(), cache, receiver=Carried()), cache
     arena = SharedArena(ARENA_BYTES, CPU)
     cache = cache_in(arena, bits=bits)
     parts = [AttachedPart(arena.description(), part.start) for part in heads]
@@ -145,7 +144,7 @@ def ends_of(way: str, num_ranks: int, bits: int | None):
         IntoItsMemory(cache_in(part, own.stop - own.start, bits), writes=writes)
         for part, own, writes in zip(parts, heads, writers, strict=True)
     ]
-    return publishers, FromItsMemory(), SharedRetrievalModel(Weights(), cache), cache
+    return publishers, SharedRetrievalModel(Weights(), cache), cache
 
 
 @pytest.mark.parametrize("bits", [None, 8])
@@ -153,12 +152,10 @@ def ends_of(way: str, num_ranks: int, bits: int | None):
     ("way", "num_ranks"), [("same process", 1)] + [(way, ranks) for way in WAYS[1:] for ranks in HEADS]
 )
 def test_the_cache_holds_what_a_cache_of_one_process_does(way, num_ranks, bits):
-    publishers, receiver, model, cache = ends_of(way, num_ranks, bits)
-    verifiers = [
-        PublishingVerifier(FakeVerifier(heads), publisher)
-        for heads, publisher in zip(HEADS[num_ranks], publishers, strict=True)
-    ]
-    retriever = ReceivingRetriever(FakeRetriever(model), receiver)
+    publishers, model, cache = ends_of(way, num_ranks, bits)
+    verifiers = [verifier_of(heads, publisher) for heads, publisher in zip(HEADS[num_ranks], publishers, strict=True)]
+    retriever = RetrievalDrafter(model, coupling=None)
+    retriever.prefill(list(range(40)))
     plain = cache_in(DeviceTier(CPU), bits=bits)
     for update in updates():
         notices = [crossed(Reply(1, each.retrieval_update(rebuild=True))).result for each in verifiers]
@@ -170,8 +167,8 @@ def test_the_cache_holds_what_a_cache_of_one_process_does(way, num_ranks, bits):
 
 
 def test_where_memory_is_shared_no_tensor_travels():
-    publishers, _, _, _ = ends_of("its memory", 1, None)
-    notice = PublishingVerifier(FakeVerifier(slice(0, 3)), publishers[0]).retrieval_update(rebuild=True)
+    publishers, _, _ = ends_of("its memory", 1, None)
+    notice = verifier_of(slice(0, 3), publishers[0]).retrieval_update(rebuild=True)
     assert len(to_frames(Reply(1, notice), to_raw)) == 1 and notice.carried is None
     assert (notice.num_slots, notice.num_summaries) == (8, [3, 3])
 
@@ -192,15 +189,9 @@ def test_a_rank_that_shares_a_head_makes_its_update_but_neither_writes_nor_sends
     assert notice == UpdateNotice(is_rebuild=True, length=20) and len(made) == 2 * NUM_LAYERS and cache.length == 0
 
 
-def test_roles_pass_on_all_else():
-    class Role:
-        def __getattr__(self, name):
-            return lambda *arguments, **named: (name, *arguments)
-
-    verifier, retriever = PublishingVerifier(Role(), SameProcess()), ReceivingRetriever(Role(), SameProcess())
-    assert verifier.verify("draft") == ("verify", "draft") and verifier.state() == ("state",)
-    assert retriever.extend([1], "draft", 2) == ("extend", [1], "draft", 2)
-    assert retriever.needs_rebuild() == ("needs_rebuild",) and retriever.state() == ("state",)
+def test_without_a_publisher_updates_are_handed_over_as_they_are():
+    update = verifier_of(slice(0, 3), None).retrieval_update(rebuild=True)
+    assert isinstance(update, RetrievalUpdate) and update.is_rebuild and update.length == 20
 
 
 def test_requests_of_an_update_cross():

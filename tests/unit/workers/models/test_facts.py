@@ -16,9 +16,10 @@ from transformers import AttentionInterface, AutoConfig
 
 from conf.schema import ConfigError
 from tests.support.tiny_models import VOCAB_SIZE, save_checkpoint, tiny_config, tiny_tokenizer
-from workers.attention.attend import ATTENTION_NAME, cached_attention
-from workers.models import pretrained
-from workers.models.pretrained import check_same_vocabulary, describe, load_model
+from workers.attention.forward_pass import ATTENTION_NAME, cached_attention
+from workers.models import facts as facts_module
+from workers.models.facts import check_same_vocabulary, describe
+from workers.models.loading import SELF_CHECK_TOLERANCE, load_model
 
 CPU = torch.device("cpu")
 
@@ -130,7 +131,7 @@ def test_a_hub_id_is_refused_at_once_where_there_is_no_network(monkeypatch, is_s
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_set_offline)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
-    monkeypatch.setattr(pretrained, "getproxies", dict)
+    monkeypatch.setattr(facts_module, "getproxies", dict)
     began = time.monotonic()
     message = message_of(describe, "model.target", "tierforce-nobody/no-such-model", torch.float32)
     assert time.monotonic() - began < 5
@@ -142,8 +143,8 @@ def test_a_hub_that_answers_is_asked(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as hub:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{hub.getsockname()[1]}")
-        monkeypatch.setattr(pretrained, "getproxies", dict)
-        pretrained._go_offline_without_network()
+        monkeypatch.setattr(facts_module, "getproxies", dict)
+        facts_module._go_offline_without_network()
         assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
@@ -283,7 +284,7 @@ def test_the_self_check_refuses_a_model_whose_attention_is_computed_differently(
     assert "model type llama" in message and "self-check" in message and "relative error" in message
 
 
-@pytest.mark.parametrize("dtype", pretrained.SELF_CHECK_TOLERANCE)
+@pytest.mark.parametrize("dtype", SELF_CHECK_TOLERANCE)
 def test_the_self_check_accepts_every_dtype(checkpoints, dtype):
     assert load_model(facts_of(checkpoints("llama"), dtype=dtype), CPU, self_check=True)
 

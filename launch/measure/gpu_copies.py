@@ -1,14 +1,16 @@
-"""Copies from host to device, in turns: plain ones, our streamer, and scattered pieces. GB are 1e9 bytes."""
+"""Times copies from host to device, in turns: plain ones, our streamer, and scattered pieces. GB are 1e9 bytes."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import closing
 from statistics import median
 
 import torch
 
+from launch.command_line.timing import seconds_of
+from launch.measure.gpu_results import Cells
+from launch.measure.gpu_setting import SAMPLE_SECONDS, Setting
 from tiers.base import BlockShape, Segment
 from tiers.device_tier import DeviceTier
 from tiers.pinned_host_tier import PinnedHostTier, can_pin
@@ -24,8 +26,26 @@ OF_PIECES = ("one by one", "gathered on the host")
 VERIFIED_ROWS, CHUNK_SIZE = 17, 8
 
 
+def measure_copies(setting: Setting) -> None:
+    """Tables of rates by size of a block, and by size of a piece; each repetition adds to all of them."""
+    config, results = setting.config, setting.results
+    copies = Copies(setting.device, config.copied_mib << 20)
+    if setting.device.type == "cuda" and not can_pin():
+        results.note("host memory is not page-locked (cupy is missing): copies are slow")
+    for number in range(config.repetitions):
+        for mib in config.block_mib:
+            copies.measure_blocks(int(mib * 2**20))
+        for kib in config.piece_kib:
+            copies.measure_pieces(kib << 10)
+        results.set_table("Blocks from host to device, GB/s", copies.block_rows())
+        results.set_table("Scattered pieces from host to device, GB/s", copies.piece_rows())
+        if not setting.deadline.leaves(SAMPLE_SECONDS):
+            results.note(f"copies: {number + 1} of {config.repetitions} repetitions")
+            return
+
+
 class Copies:
-    """Between `num_bytes` of host memory, page-locked where it can be, and `device`."""
+    """Copies from `num_bytes` of host memory, page-locked where it can be, to `device`."""
 
     def __init__(self, device: torch.device, num_bytes: int):
         self._device, self._num_bytes = device, num_bytes
@@ -91,28 +111,21 @@ class Copies:
         if key not in self._warmed_up:
             self._warmed_up.add(key)
             action()
-        began = self._now()
-        action()
-        self._rates.setdefault(key, []).append(num_bytes / (self._now() - began) / 1e9)
+        self._rates.setdefault(key, []).append(num_bytes / seconds_of(action, self._device) / 1e9)
 
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-    def block_rows(self) -> list[dict]:
-        """Medians; the streamer's share of the plain copy beside it."""
+    def block_rows(self) -> list[Cells]:
+        """A row of medians for each size of a block; the streamer's share of the plain copy beside it."""
         rows = self._rows("block, MiB", 2**20, lambda name: name not in OF_PIECES)
         for row in rows:
             row["streamer / plain"] = row["streamer"] / row["plain copy"]
         return rows
 
-    def piece_rows(self) -> list[dict]:
-        """Medians."""
+    def piece_rows(self) -> list[Cells]:
+        """A row of medians for each size of a piece."""
         return self._rows("piece, KiB", 2**10, lambda name: name in OF_PIECES)
 
-    def _rows(self, unit: str, unit_bytes: int, belongs: Callable[[str], bool]) -> list[dict]:
-        rows: dict[int, dict] = {}
+    def _rows(self, unit: str, unit_bytes: int, belongs: Callable[[str], bool]) -> list[Cells]:
+        rows: dict[int, Cells] = {}
         for (size, name), rates in self._rates.items():
             if belongs(name):
                 rows.setdefault(size, {unit: size / unit_bytes})[name] = median(rates)

@@ -1,0 +1,1 @@
+"""What a run takes and how fast it should be on a machine, with nothing loaded."""

@@ -1,0 +1,167 @@
+"""One run of launch/run.py, from the prompt to the report, in this process or over several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conf.schema import PlacementKind, RunConfig, to_plain
+from launch.assembly.session_run import fit_to_model, make_metrics, make_seed, take_round
+from launch.assembly.start_checks import world_size
+from launch.assembly.task import Task
+from launch.command_line.interruption import Interruption
+from launch.command_line.outcome import ExitCode
+from launch.prompts.prompt import read_prompt, read_workload
+from orchestrator.display import Display
+from orchestrator.metrics import Metrics
+from orchestrator.placement import place
+from orchestrator.round import Round
+from orchestrator.run_files import Report, versions
+from orchestrator.session import Session
+
+if TYPE_CHECKING:
+    from launch.assembly.engine import Engine
+    from launch.processes.company import Company
+
+INTERRUPTED = "interrupted"
+"""`finish_reason` of a run that ended before its text did."""
+
+
+@dataclass(kw_only=True)
+class GenerationRun:
+    """A run with its display and its files. `phase` is where it is, for the message if it fails."""
+
+    config: RunConfig
+    folder: Path
+    display: Display
+    interruption: Interruption
+    phase: str = "prepare"
+    seed: int = 0
+    prompt_ids: list[int] = field(default_factory=list)
+    expected_answers: list[str] = field(default_factory=list)
+    """Answers that a prompt of a known workload asks for."""
+    engine: Engine | None = None
+    company: Company | None = None
+    """The processes of a run over several."""
+    metrics: Metrics = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.metrics, self.seed = make_metrics(self.config), make_seed(self.config)
+
+    def run(self) -> ExitCode:
+        """The exit code; raises ConfigError for what cannot be run, anything else for what failed."""
+        report, code = Report(self.folder), ExitCode.failed
+        try:
+            try:
+                self._generate(self._load(), report)
+            except KeyboardInterrupt:
+                self.interruption.is_requested = True
+            if self.company is not None and self.interruption.is_requested:
+                self.company.crew.check_guards()
+            code = self._finish(report)
+            return code
+        finally:
+            report.close()
+            if self.engine is not None:
+                self.engine.close()
+            if self.company is not None:
+                # Whoever waits for the prompt to be read, or for the dead, does not hear that it is over.
+                self.company.close(at_once=code != ExitCode.done)
+
+    def _load(self) -> Engine:
+        from launch.assembly.prepare import prepare  # and torch with it, which takes seconds
+
+        company = self._gather_company()
+        prepared = prepare(self.config)
+        prepared.on_locked = self.display.locking
+        self.phase = "prompt"
+        self.prompt_ids = read_prompt(self.config.prompt, prepared.tokenizer, at_most=4 * prepared.max_positions)
+        self.expected_answers = list(read_workload(self.config.prompt).answers)
+        max_new_tokens = fit_to_model(self.config, len(self.prompt_ids), prepared.max_positions, self.display.note)
+        self.phase = "load"
+        task = Task(
+            config=self.config,
+            prepared=prepared,
+            prompt_ids=self.prompt_ids,
+            max_new_tokens=max_new_tokens,
+            seed=self.seed,
+        )
+        engine = self.engine = _build(task, company)
+        for line in engine.notes:
+            self.display.note(line)
+        self.display.note(f"{self.config.decoding.mode} decoding of {self.config.model.target}, seed {self.seed}")
+        return engine
+
+    def _gather_company(self) -> Company | None:
+        """The processes of a run over several, which have been told where to come; None for a run in this one."""
+        placement = place(self.config.placement, world_size())
+        if placement.kind is PlacementKind.inline:
+            return None
+        from launch.processes.company import Company
+
+        self.company = Company(self.config, placement, self.display.note, self.interruption.check_patience)
+        self.company.start()
+        return self.company
+
+    def _generate(self, engine: Engine, report: Report) -> None:
+        hierarchy = engine.hierarchy
+        self.phase = "prefill"
+        num_tokens = len(self.prompt_ids)
+        engine.on_prefill_progress(lambda done, total: self.display.reading(num_tokens, done / total))
+        self.display.reading(num_tokens, 0.0)
+        self._take_round(hierarchy.start, hierarchy.session, report)
+        self.phase = "decode"
+        self.interruption.is_deferred = True
+        while not hierarchy.session.is_finished and not self.interruption.is_requested:
+            self._take_round(hierarchy.round, hierarchy.session, report)
+
+    def _take_round(self, advance: Callable[[], Round], session: Session, report: Report) -> None:
+        round_, seconds = take_round(advance, self.metrics)
+        if "reread" in round_.seconds:
+            self.display.note("a stored block was damaged: all tokens so far were read again")
+        report.add_round(round_, seconds)
+        self.display.add_round(round_, session.text_stream.take_pieces(), self.metrics)
+
+    def _finish(self, report: Report) -> ExitCode:
+        """Writes and shows what there is; a run that was interrupted before its end says so."""
+        self.phase, self.interruption.is_deferred = "report", True
+        session = self.engine.hierarchy.session if self.engine is not None else None
+        if session is not None and not session.is_finished:
+            session.text_stream.close()
+            self.display.add_text(session.text_stream.take_pieces())
+        result = self._result(session)
+        path = report.write_result(result)
+        self.display.finish(result, os.path.relpath(path))
+        return ExitCode.done if session is not None and session.is_finished else ExitCode.interrupted
+
+    def _result(self, session: Session | None) -> dict[str, Any]:
+        engine = self.engine
+        return {
+            "prompt_tokens": len(self.prompt_ids),
+            "token_ids": list(session.generated) if session else [],
+            "text": session.text if session else "",
+            "expected_answers": self.expected_answers,
+            "finish_reason": session.finish_reason if session and session.is_finished else INTERRUPTED,
+            "seed": self.seed,
+            "config": to_plain(self.config),
+            "timing": self.metrics.timing(),
+            "speculation": self.metrics.speculation(),
+            "memory": engine.memory_report() if engine else {},
+            "streaming": engine.streaming_report() if engine else {},
+            "processes": engine.processes_report() if engine else [],
+            "versions": versions(),
+        }
+
+
+def _build(task: Task, company: Company | None) -> Engine:
+    """The engine of this process, or of the company's."""
+    if company is None:
+        from launch.assembly.engine import build
+
+        return build(task)
+    from launch.processes.remote_engine import build_remote
+
+    return build_remote(task, company)

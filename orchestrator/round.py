@@ -1,0 +1,71 @@
+"""The record of one round, and the clock of its phases."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from orchestrator.ahead import AheadRecord
+
+
+@dataclass(kw_only=True)
+class Round:
+    """One verification and the drafting before it."""
+
+    index: int
+    """0: the prompt and the first token."""
+    proposed: list[int]
+    """The block that the target verified, as token ids."""
+    origins: list[str]
+    """The level that first proposed each token of the block."""
+    num_accepted: int
+    """Tokens of the block that the target accepted."""
+    tokens: list[int]
+    """Final tokens: the accepted ones and the target's own, up to the end of generation."""
+    gamma1: int = 0
+    """γ1 that the round was to draft by."""
+    gamma2: int = 0
+    """γ2 that the round was to draft by."""
+    budget: int | None = None
+    """Budget of the retrieval cache in tokens, where it is chosen round by round."""
+    inner_steps: list[tuple[int, int]] = field(default_factory=list)
+    """(proposed, accepted) of each step between drafter and retrieval draft."""
+    num_steps_ahead: int = 0
+    """Number of inner steps, the first ones, that were made ahead."""
+    rebuilt: bool = False
+    """The retrieval cache was built anew at the round's end."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds of each phase: draft, retrieval, verify, refresh, reread; drafting ahead is in none of them."""
+    ahead: AheadRecord | None = None
+    """Counts of what was drafted during the verification; None without overlap."""
+
+
+class PhaseClock:
+    """Adds up the seconds of a round's phases: `with clock("verify"): ...`.
+
+    A phase within another is part of that one: what is drafted during a verification takes no time of its own.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter):
+        self._now = now
+        self._seconds: dict[str, float] = {}
+        self._is_running = False
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        if self._is_running:
+            yield
+            return
+        self._is_running, began = True, self._now()
+        try:
+            yield
+        finally:
+            self._is_running = False
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + self._now() - began
+
+    def take(self) -> dict[str, float]:
+        """Seconds of each phase since this was called last."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds

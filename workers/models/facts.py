@@ -1,0 +1,248 @@
+"""What a model is, read from a local folder or the hub and checked before any weight is.
+
+No code from a checkpoint is ever run: configurations with `auto_map` are loaded by transformers' own classes, or
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import huggingface_hub
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+from conf.model_source import model_source
+from conf.schema import ConfigError
+from tiers.base import CacheShape
+from workers.models.skeleton import weightless
+from workers.parallel.shard import WHOLE, Shard, check_size
+from workers.parallel.tensor_parallel import plan_sharding
+
+# Attention that our function would compute silently wrong, or that is none.
+REFUSED_MODEL_TYPES = ("llama4", "llama4_text", "gemma3n", "gemma3n_text")
+SUPPORTED_LAYER_TYPES = ("full_attention", "sliding_attention")
+SUPPORTED = "a decoder with full or sliding-window attention, such as Llama, Qwen, Mistral, Gemma 3, Phi or OLMo"
+HUB_TIMEOUT_SECONDS = 2.0
+WEIGHT_FILES = (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
+
+
+@dataclass(kw_only=True)
+class ModelFacts:
+    """What a configuration says of a model, or of one rank's part of it."""
+
+    key: str
+    """The configuration key that asked for it, model.target or model.drafter; messages name it."""
+    source: str
+    """Folder or hub id to load from."""
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype
+    cache_shape: CacheShape
+    windows: list[int | None]
+    """The sliding window of each layer, in tokens."""
+    max_positions: int
+    eos_ids: frozenset[int]
+    num_weight_bytes: int
+    shard: Shard = WHOLE
+    """The part that `cache_shape` and `num_weight_bytes` are of, and that workers.models.loading reads."""
+
+    def sharded(self, shard: Shard) -> ModelFacts:
+        """The facts of one rank's part; these must be a whole model's. Raises ConfigError, as for an illegal size."""
+        assert self.shard == WHOLE, f"rank {self.shard.rank} of {self.shard.size} is a part already"
+        if shard == WHOLE:
+            return self
+        text_config = self.config.get_text_config()
+        name = f"{self.key}={self.source}"
+        check_size(name, text_config.num_attention_heads, self.cache_shape.num_kv_heads, shard.size)
+        if getattr(self.config, "quantization_config", None):
+            raise ConfigError(
+                f"the number of verifier ranks is {shard.size}; it must be 1 for {name}, whose weights are quantized"
+            )
+        model = weightless(self.config)
+        sharding = plan_sharding(model, shard)
+        return replace(
+            self,
+            cache_shape=replace(self.cache_shape, num_kv_heads=sharding.heads.num_kv),
+            num_weight_bytes=sharding.num_parameters(model) * self.dtype.itemsize,
+            shard=shard,
+        )
+
+
+def describe(key: str, name: str, dtype: torch.dtype, max_positions: int | None = None) -> ModelFacts:
+    """Reads configuration and tokenizer of `name`, which `key` asked for, to be stretched to `max_positions`.
+
+    Raises ConfigError.
+    """
+    source = model_source(key, name)
+    if not Path(source).is_dir():
+        _go_offline_without_network()
+    config = _load(key, name, AutoConfig, source)
+    text_config = config.get_text_config()
+    _refuse_unsupported(key, name, text_config)
+    if max_positions is not None:
+        _stretch(text_config, max_positions)
+    if Path(source).is_dir():
+        _check_weight_files(key, Path(source))
+    tokenizer = _load(key, name, AutoTokenizer, source)
+    return ModelFacts(
+        key=key,
+        source=source,
+        config=config,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        cache_shape=_cache_shape(key, name, text_config, dtype),
+        windows=_windows(text_config),
+        max_positions=_max_positions(text_config),
+        eos_ids=_eos_ids(source, config),
+        num_weight_bytes=_num_parameters(key, name, config) * dtype.itemsize,
+    )
+
+
+def _go_offline_without_network() -> None:
+    """Without a network, has only what was downloaded before looked for; the hub's library tries for half a minute."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE or getproxies():
+        return
+    hub = urlsplit(huggingface_hub.constants.ENDPOINT)
+    port = hub.port or (80 if hub.scheme == "http" else 443)
+    try:
+        socket.create_connection((hub.hostname, port), timeout=HUB_TIMEOUT_SECONDS).close()
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def _load(key: str, name: str, auto_class: type[AutoConfig] | type[AutoTokenizer], source: str) -> Any:
+    """What `auto_class` reads of `source`. Raises ConfigError."""
+    try:
+        return auto_class.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # whatever transformers makes of files that are not as they should be
+        reason = " ".join(str(error).split())[:300]
+        rule = "a local folder, or the hub id of a model that transformers knows without remote code"
+        raise ConfigError(f"{key} is {name!r}; it must be {rule}. {auto_class.__name__} says: {reason}") from error
+
+
+def _refuse_unsupported(key: str, name: str, config: PreTrainedConfig) -> None:
+    """Raises ConfigError for a model that our attention cannot serve exactly."""
+    odd_layers = sorted(set(getattr(config, "layer_types", None) or []) - set(SUPPORTED_LAYER_TYPES))
+    if config.model_type in REFUSED_MODEL_TYPES or odd_layers:
+        what = f"layers of type {', '.join(odd_layers)}" if odd_layers else f"model type {config.model_type}"
+        raise ConfigError(f"{key} is {name!r} with {what}, which cannot be served exactly; it must be {SUPPORTED}")
+    if not getattr(config, "num_attention_heads", None):
+        raise ConfigError(f"{key} is {name!r} of model type {config.model_type}; it must be {SUPPORTED}")
+
+
+def _cache_shape(key: str, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> CacheShape:
+    """The sizes of keys and values. Raises ConfigError."""
+    heads = config.num_attention_heads
+    try:
+        num_kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    except RuntimeError as error:  # transformers raises it where an attribute differs from layer to layer
+        raise ConfigError(f"{key} is {name!r}, whose layers differ in their heads; it must be {SUPPORTED}") from error
+    if min(config.hidden_size, config.num_hidden_layers, num_kv_heads, head_dim) < 1:
+        raise ConfigError(f"{key} is {name!r}, whose config.json gives a size below 1; it must be {SUPPORTED}")
+    return CacheShape(num_layers=config.num_hidden_layers, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype)
+
+
+def _check_weight_files(key: str, folder: Path) -> None:
+    """Raises ConfigError unless each file of weights is there, and if it is safetensors, whole."""
+    first = next((name for name in WEIGHT_FILES if (folder / name).is_file()), SAFE_WEIGHTS_NAME)
+    names = [first]
+    if first.endswith(".index.json"):
+        try:
+            names = sorted(set(json.loads((folder / first).read_text())["weight_map"].values()))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{key}: {folder / first} is damaged ({error!r}); download it again") from error
+    for path in (folder / name for name in names):
+        if not path.is_file():
+            raise ConfigError(f"{key}: {path} is missing; download the model again, as safetensors")
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, framework="pt") as file:
+                    file.keys()
+            except (SafetensorError, OSError) as error:
+                raise ConfigError(f"{key}: {path} is damaged ({error}); download it again") from error
+
+
+def _windows(config: PreTrainedConfig) -> list[int | None]:
+    num_layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or ["full_attention"] * num_layers
+    if window is not None and getattr(config, "layer_types", None) is None:
+        types = ["sliding_attention"] * num_layers
+    return [window if kind == "sliding_attention" else None for kind in types]
+
+
+def _max_positions(config: PreTrainedConfig) -> int:
+    """Positions the model is made for, RoPE scaling included."""
+    positions = getattr(config, "max_position_embeddings", None) or 2**31
+    rope = getattr(config, "rope_parameters", None) or {}
+    factor, kind = rope.get("factor") or 1.0, rope.get("rope_type", "default")
+    if kind in ("linear", "dynamic"):
+        return int(positions * factor)
+    if kind == "yarn" and rope.get("original_max_position_embeddings"):
+        return max(positions, int(rope["original_max_position_embeddings"] * factor))
+    return positions
+
+
+def _stretch(config: PreTrainedConfig, max_positions: int) -> None:
+    """Gives the model so many positions by YaRN (arXiv 2309.00071). Raises ConfigError."""
+    trained = _max_positions(config)
+    if max_positions <= trained:
+        rule = f"above the {trained} positions that the model has, or null"
+        raise ConfigError(f"model.max_positions is {max_positions}; it must be {rule}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "default":
+        raise ConfigError(
+            f"model.max_positions is {max_positions}; it must be null for this model: only a plain rotary embedding "
+            f"can be stretched, and its rope_parameters are {rope}"
+        )
+    config.rope_parameters = rope | {
+        "rope_type": "yarn",
+        "factor": max_positions / trained,
+        "original_max_position_embeddings": trained,
+    }
+    config.max_position_embeddings = max_positions
+
+
+def _eos_ids(source: str, config: PreTrainedConfig) -> frozenset[int]:
+    """Ids of the tokens that end a text."""
+    try:
+        eos = transformers.GenerationConfig.from_pretrained(source).eos_token_id
+    except OSError:
+        eos = config.get_text_config().eos_token_id
+    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
+
+
+def _num_parameters(key: str, name: str, config: PreTrainedConfig) -> int:
+    """Number of weights; buffers are small and left out. Raises ConfigError where `config` makes no model."""
+    try:
+        model = weightless(config)
+    except Exception as error:  # whatever a model's code makes of odd sizes
+        raise ConfigError(
+            f"{key} is {name!r}, whose config.json makes no model ({error!r}); check its sizes"
+        ) from error
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def check_same_vocabulary(target: ModelFacts, drafter: ModelFacts) -> None:
+    """Raises ConfigError unless token texts agree, id by id; the padding of the vocabularies may differ."""
+    ours, theirs = target.tokenizer.get_vocab(), drafter.tokenizer.get_vocab()
+    if ours == theirs:
+        return
+    our_texts, their_texts = ({token_id: text for text, token_id in vocab.items()} for vocab in (ours, theirs))
+    both = our_texts.keys() | their_texts.keys()
+    first = min(token_id for token_id in both if our_texts.get(token_id) != their_texts.get(token_id))
+    example = f"id {first} is {their_texts.get(first)!r} there and {our_texts.get(first)!r} in the target's"
+    raise ConfigError(
+        f"model.drafter is {drafter.source!r}; its tokenizer must be that of model.target={target.source!r}: "
+        f"{example}. Name a drafter of the same family, or model.drafter=lookup"
+    )
