@@ -11,6 +11,8 @@ A level is lossless if each token it hands up has, given its prefix, exactly the
     gumbel     Daliri, Musco, Suresh 2408.07978: every level takes the winner of one race, argmax(log p + Gumbel noise),
                whose noise depends on (seed, position) alone. A draft is accepted if it is the target's own winner, so
                the tokens do not depend on the drafts at all.
+
+Long because what makes a distribution, draws from it and judges by it is to be read in one place.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ Tables = dict[str, Rows]
 
 
 @dataclass(frozen=True, slots=True)
-class AnalysisSummary:
+class SummaryTable:
     """A small table and what it tells."""
 
     title: str
@@ -61,20 +61,20 @@ def write_tables(folder: Path, tables: Tables) -> None:
             write_csv(folder / f"{name}.csv", list(rows[0]), rows)
 
 
-def show(console: Console, summaries: list[AnalysisSummary]) -> None:
+def show(console: Console, summaries: list[SummaryTable]) -> None:
     """Prints the tables."""
     for summary in summaries:
         console.print(summary.rich())
         console.print()
 
 
-def write_summary(folder: Path, settings: str, summaries: list[AnalysisSummary]) -> None:
+def write_summary(folder: Path, settings: str, summaries: list[SummaryTable]) -> None:
     """Writes summary.md: the settings in words, and the tables."""
     text = "\n".join([settings + "\n", *(summary.markdown() for summary in summaries)])
     write_atomically(folder / "summary.md", text)
 
 
-def summarise(config: AnalyzeConfig, tables: Tables) -> list[AnalysisSummary]:
+def summarise(config: AnalyzeConfig, tables: Tables) -> list[SummaryTable]:
     """The tables of means over documents, layers and heads; of facts, over texts."""
     made = [
         _by_budget("Attention in sight, %, by budget", config, tables["attention"], "recovery"),
@@ -98,13 +98,13 @@ def _percent(value: float | None) -> str:
     return shown(None if value is None else 100 * value, ".1f")
 
 
-def _by_budget(title: str, config: AnalyzeConfig, rows: Rows, value: str) -> AnalysisSummary:
+def _by_budget(title: str, config: AnalyzeConfig, rows: Rows, value: str) -> SummaryTable:
     """Means of a column by cache and budget."""
     lines = [
         [label, *(_percent(mean_of(rows, value, cache=cache, budget=budget)) for budget in config.budgets)]
         for cache, label in LABELS.items()
     ]
-    return AnalysisSummary(title, ["cache", *(f"{budget:,} tokens" for budget in config.budgets)], lines)
+    return SummaryTable(title, ["cache", *(f"{budget:,} tokens" for budget in config.budgets)], lines)
 
 
 def bins(config: AnalyzeConfig) -> list[tuple[int, int]]:
@@ -119,7 +119,7 @@ def mean_by_bin(config: AnalyzeConfig, rows: Rows, cache: str, value: str) -> li
     return [fmean(row[value] for row in of_cache if first <= row["distance"] <= last) for first, last in bins(config)]
 
 
-def _by_distance(config: AnalyzeConfig, rows: Rows) -> AnalysisSummary:
+def _by_distance(config: AnalyzeConfig, rows: Rows) -> SummaryTable:
     """Means at a few distances from a choice, by cache."""
     every = bins(config)
     chosen = sorted({0, len(every) // 4, len(every) // 2, len(every) - 1})
@@ -129,7 +129,7 @@ def _by_distance(config: AnalyzeConfig, rows: Rows) -> AnalysisSummary:
         lines.append([label, *(_percent(means[index]) for index in chosen)])
     heads = [f"tokens {every[index][0]} to {every[index][1]}" for index in chosen]
     title = f"Attention to the prompt still in sight, %, {config.shown_budget:,} tokens chosen once at its end"
-    return AnalysisSummary(title, ["chosen once", *heads], lines)
+    return SummaryTable(title, ["chosen once", *heads], lines)
 
 
 def depths_of(rows: Rows) -> list[float]:
@@ -137,7 +137,7 @@ def depths_of(rows: Rows) -> list[float]:
     return sorted({row["asked_depth"] for row in rows})
 
 
-def _by_depth(form: str, rows: Rows, budget: int) -> list[AnalysisSummary]:
+def _by_depth(form: str, rows: Rows, budget: int) -> list[SummaryTable]:
     """Acceptance of the answers and attention in sight of the facts, by cache and depth, for one form of facts."""
     depths = depths_of(rows)
 
@@ -151,6 +151,6 @@ def _by_depth(form: str, rows: Rows, budget: int) -> list[AnalysisSummary]:
     recovered = [line(label, "recovery_of_fact", cache=cache) for cache, label in LABELS.items() if cache != "top_k"]
     of_what = f"of facts ({form}) by depth, %, {budget:,} tokens"
     return [
-        AnalysisSummary(f"Acceptance of the answers {of_what}", heads, accepted),
-        AnalysisSummary(f"Attention in sight {of_what}", heads, recovered),
+        SummaryTable(f"Acceptance of the answers {of_what}", heads, accepted),
+        SummaryTable(f"Attention in sight {of_what}", heads, recovered),
     ]

@@ -125,6 +125,7 @@ def test_bad_configuration_is_said_once_and_ends_all_ranks(start):
     assert run.wait() == 1
     (line,) = run.own_lines()
     assert line.startswith("tierforce: decoding.gamma1 is -1")
+    assert "Traceback" not in run.errors().partition(line)[0]
     assert "exitcode  : 2" in run.errors()
 
 

@@ -1,8 +1,8 @@
 """Which chunks of the context matter to the next tokens: what a rule that scores them must and may do.
 
-To add a rule named nearest: write a class NearestRule(RetrievalRule) in a module nearest_rule of this folder, and add
-the member `nearest` to RetrievalRuleName in conf/values.py. Nothing else must name it: `rule_class` finds it, the
-memory plan asks its `planned_bytes`, and tests/unit/tiers/retrieval/test_rule.py holds it to this contract.
+To add a rule `NAME`: write tiers/retrieval/NAME_rule.py with a class NameRule(RetrievalRule), and add the
+member `NAME` to RetrievalRuleName in conf/values.py. Nothing else must name it: `rule_class` finds it, the memory
+plan asks its `planned_bytes`, and tests/unit/tiers/retrieval/test_rule.py holds it to this contract.
 
 Shape letters as in tiers.base. A chunk is `chunk_size` consecutive tokens; every kv head of every layer chooses for
 itself.

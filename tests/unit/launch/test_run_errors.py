@@ -383,12 +383,3 @@ def test_the_program_refuses_in_a_moment_without_torch(tmp_path):
 def test_the_flags_of_hydra_work(tmp_path, flags, expected):
     done = start(sys.executable, str(PROGRAM), *flags, cwd=tmp_path)
     assert done.returncode == 0 and expected in done.stdout
-
-
-def test_under_torchrun_our_message_comes_first_and_once(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
-    done = start(*torchrun, str(PROGRAM), "sampling.temperature=hot", cwd=tmp_path)
-    assert done.returncode != 0
-    ours = "tierforce: sampling.temperature is 'hot'; it must be a number, for example 0.6\n"
-    assert done.stderr.count(ours) == 1
-    assert "Traceback" not in done.stderr.partition(ours)[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch import analyze
-from launch.analysis.summary import LABELS, AnalysisSummary, mean_of
+from launch.analysis.summary import LABELS, SummaryTable, mean_of
 
 ROOT = Path(__file__).resolve().parents[4]
 SHORT = ["context=400", "new_tokens=12", "budgets=[64,1024]", "shown_budget=64", "model.dtype=float32"]
@@ -94,7 +94,7 @@ def test_figures_are_drawn_where_matplotlib_is(folder):
 
 
 def test_a_summary_is_a_table():
-    summary = AnalysisSummary("What it is", ["cache", "1"], [["a", "2.0"]])
+    summary = SummaryTable("What it is", ["cache", "1"], [["a", "2.0"]])
     assert summary.markdown() == "What it is\n\n| cache | 1 |\n| --- | --- |\n| a | 2.0 |\n"
     assert math.isclose(mean_of([{"a": 1, "b": 2}, {"a": 1, "b": ""}, {"a": 2, "b": 9}], "b", a=1), 2)
 
