@@ -26,8 +26,9 @@ from tiers.retrieval.rule import Pool, not_pooled
 from tiers.retrieval.selection import RetrievalSelection
 from tiers.retrieval_cache import RetrievalUpdate
 from tiers.streaming_llm_cache import StreamingLLMCache
-from workers.acceptance import KeyedRandom, LevelCoupling, make_coupling
+from workers.acceptance import KeyedRandom, make_coupling
 from workers.drafter import Drafter
+from workers.level import LevelCoupling
 from workers.lookup_drafter import LookupDrafter
 from workers.models.causal_model import CausalModel, DraftingModel
 from workers.models.cuda_graphs import CudaRecorder, RecordedModel, Recorder, run_anew
