@@ -107,7 +107,7 @@ def selection(
     tier: Tier,
     pool: Pool,
 ) -> RetrievalSelection:
-    """What chooses, of the full cache, the chunks that the retrieval cache gets; see RetrievalSelection."""
+    """The choice of those chunks of the full cache that the retrieval cache gets; see RetrievalSelection."""
     retrieval = known(sizes.retrieval)
     rule = rule_class(retrieval.rule)(shape, sizes.capacity, retrieval.chunk_size, tier, pool)
     summary = ahead = None

@@ -80,7 +80,7 @@ class RoleBuilder:
         self.recorded: list[RecordedModel] = []
         self.weight_bytes = 0
         self.pool_scores: Pool = not_pooled
-        """Of chunks, over the ranks of a verifier; see tiers.retrieval.rule.Pool."""
+        """Makes scores of chunks the same on all ranks of a verifier; see tiers.retrieval.rule.Pool."""
 
     def _make_tiers(self, on_locked: Callable[[int, int], None]) -> Tiers:
         is_gpu, folder = self.device.type == "cuda", disk_folder(self.config)
@@ -111,7 +111,10 @@ class RoleBuilder:
         return peaks
 
     def streaming_report(self) -> dict[str, float | None]:
-        """What was streamed from host and disk; `emulated_link_gb_per_s` is null where the link is the machine's."""
+        """Bytes and seconds of streaming from host and disk.
+
+        `emulated_link_gb_per_s` is null where the link is the machine's.
+        """
         assert self.full_cache is not None, "there is no verifier here"
         stats = self.full_cache.stream_stats
         rate = stats.num_bytes / stats.seconds / 1e9 if stats.seconds else 0.0

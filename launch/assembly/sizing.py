@@ -1,4 +1,4 @@
-"""From a configuration and the sizes of its models to what the memory plan asks: tokens, slots and bytes."""
+"""Sizes that a configuration and its models ask of the memory plan: tokens, slots and bytes."""
 
 from __future__ import annotations
 
@@ -89,9 +89,9 @@ def budgets(config: RunConfig, num_prompt_tokens: int) -> tuple[int, ...]:
 
 
 def with_known_budget(config: Config, num_prompt_tokens: int, notes: list[str]) -> Config:
-    """With the budget that memory is planned for: as configured, cut to the prompt; the most that `auto` takes.
+    """`config` with the retrieval budget that memory is planned for, in tokens; `notes` is told where it differs.
 
-    Where that is not what was configured, a line for the user is added to `notes`.
+    That is the configured one, cut to the prompt; of `auto` the most that it may choose.
     """
     possible = budgets(config, num_prompt_tokens)
     if not possible:
@@ -150,7 +150,7 @@ def plan_input(
     max_new_tokens: int,
     free: FreeBytes,
 ) -> PlanInput:
-    """What to ask of the memory plan for a prompt and its continuation of `max_tokens` in all.
+    """Input of the memory plan for a prompt and its continuation of `max_tokens` in all.
 
     The budget of `config` must be known: see `with_known_budget`.
     """

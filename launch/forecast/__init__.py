@@ -1,1 +1,1 @@
-"""What a run takes and how fast it should be on a machine, with nothing loaded."""
+"""The forecast of a run on a machine: the memory it takes and how fast it should be, with nothing loaded."""

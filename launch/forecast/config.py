@@ -15,7 +15,7 @@ class HardwareConfig:
     """A machine; GB are 1e9 bytes. null is measured on the machine that the program runs on."""
 
     name: str = "this machine"
-    """What the forecast calls it."""
+    """Name in the forecast; nothing else depends on it."""
     has_gpu: bool = False
     """The devices are GPUs with memory of their own; else the processor is the device, in one memory with the host."""
     num_devices: int = 1
@@ -27,7 +27,7 @@ class HardwareConfig:
     device_tflops: float | None = None
     """Speed of a device in bf16, dense."""
     link_gb_per_s: float | None = None
-    """Host to device, for each device."""
+    """Speed from host to device, for each device."""
     host_memory_gib: float | None = None
     """Free memory of the host, for all devices."""
     disk_gb_per_s: float | None = None
@@ -48,7 +48,7 @@ class HardwareConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ExpectedConfig:
-    """What is assumed of the drafts; measure it with launch/measure/acceptance.py."""
+    """Acceptance that is assumed of the drafts; launch/measure/acceptance.py measures it."""
 
     retrieval_acceptance: float = 0.955
     """Share of the retrieval draft's tokens that the target accepts; the default is what the paper's figures imply."""

@@ -1,4 +1,4 @@
-"""What a run would take and how long: its memory plan, and the seconds of each kind of pass that follow from it.
+"""A forecast of a run: its memory plan, and the seconds of each kind of pass that follow from it.
 
 Where times come from: tiers/planning/cost.py.
 """
@@ -39,7 +39,7 @@ class Forecast:
     plan: MemoryPlan
     prefill_seconds: float
     autoregressive_seconds: float
-    """Between tokens, of plain decoding with the layers that fit when nothing else is on the device."""
+    """Seconds between tokens of plain decoding, with the layers that fit when nothing else is on the device."""
     round: RoundCost
 
 

@@ -1,4 +1,4 @@
-"""What a plan will cost in time: seconds of each kind of pass, from bytes, operations and the machine's speeds.
+"""Cost of a plan in time: seconds of each kind of pass, from bytes, operations and the machine's speeds.
 
 A pass takes as long as the slowest of what overlaps in it: the stream of blocks, or the computation, which reads
 weights and keys and multiplies. No fitted constant but the overhead of a layer. Policy only: numbers in, numbers out.
@@ -23,7 +23,7 @@ class Speeds:
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class ModelCost:
-    """What a forward pass of a model reads and computes, over all devices."""
+    """Bytes and products of a forward pass of a model, over all devices."""
 
     num_layers: int
     weight_bytes: int

@@ -1,4 +1,4 @@
-"""What takes memory: the bytes of each part of a plan, in each tier, from its sizes.
+"""The table of what takes memory: the bytes of each part of a plan, in each tier, from its sizes.
 
 Each part is counted as its owner allocates it; a test builds engines of many shapes and compares every allocation.
 """
@@ -34,14 +34,14 @@ class Part(StrEnum):
     dequantised_chunks = "dequantised chunks"
     """One layer's, as attention reads it."""
     chunk_scores = "chunk scores"
-    """What the rule that chooses chunks keeps of each."""
+    """Memory of the rule that chooses chunks: something of each."""
     chunks_ahead = "chunks ahead"
     """Keys and values of chunks that were chosen an update ahead."""
     places_of_chunks_ahead = "places of chunks ahead"
     group_means = "means of groups"
-    """Of all tokens, in groups: what the summary of those that are not chosen is made of."""
+    """Mean keys and values of groups of all tokens; the summary of those that are not chosen is made of them."""
     workspace = "workspace"
-    """What reading a prompt or an update of the retrieval cache takes, and gives back."""
+    """Memory that reading a prompt, or an update of the retrieval cache, takes and gives back."""
     streaming_cache = "streaming cache"
 
 

@@ -69,7 +69,10 @@ def make_plan(inputs: PlanInput, cache: CacheConfig) -> MemoryPlan:
 
 
 def _plans(inputs: PlanInput, cache: CacheConfig) -> list[MemoryPlan]:
-    """The best first: those that fetch chunks for every rebuild come after all that have room to collect them."""
+    """All plans that the configuration allows, the best first, whether they fit or not.
+
+    Those that fetch chunks for every rebuild come after all that have room to collect them.
+    """
     choices = _choices(inputs, cache)
     is_rebuilt = inputs.retrieval is not None and inputs.retrieval.is_rebuilt
     ways = (True, False) if is_rebuilt else (False,)

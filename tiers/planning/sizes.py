@@ -31,7 +31,7 @@ class RetrievalSizes:
     chunk_size: int = 8
     """Tokens that are chosen together."""
     rule: RetrievalRuleName = RetrievalRuleName.attention
-    """By what chunks are chosen: it keeps something of every chunk."""
+    """Rule that chunks are chosen by; it keeps something of every chunk."""
     bits: int | None = None
     """Bits of a value of the chosen chunks; None: as many as the model's."""
     summary_tokens: int = 0
@@ -119,7 +119,7 @@ class Sizes:
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class PlanInput:
-    """What is asked of a plan, and what memory there is."""
+    """Models, tokens and levels to plan for, and the memory that there is."""
 
     target_shape: CacheShape
     target_weight_bytes: int
