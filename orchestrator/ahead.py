@@ -65,7 +65,7 @@ class AheadRecord:
 
 
 class DraftingAhead:
-    """`step(after, count, branch)` drafts at most about `count` tokens behind the committed ones and `after`."""
+    """Drafts what may follow each likely verdict; `step(after, count, branch)` drafts up to about `count` tokens."""
 
     def __init__(self, overlap: Overlap, step: Callable[[list[int], int, int], InnerStep]):
         self._overlap, self._step, self._block_tokens = overlap, step, 0
@@ -148,7 +148,7 @@ class DraftingAhead:
         path.steps.append((step.num_proposed, step.num_accepted))
 
     def take(self, verdict: Verdict) -> None:
-        """The verdict is there: keeps the path that it is on, if any."""
+        """Ends drafting: keeps the draft of the path that the verdict hit, if any, for `take_next`."""
         self._learn(verdict)
         hit = next((path for path in self._paths if path.draft.tokens and path.follows(verdict)), None)
         self.next_draft, self.next_steps = Draft(), []

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from orchestrator.members import line_of, rank_of
 from orchestrator.placement import VERIFIER_ROLE
 from tiers.errors import DamagedBlockError
 from workers.messages import Failure, Prefill, Reply, Request, Result
+from workers.process.peers import line_of, rank_of
 
 ROOT_CAUSE_SECONDS = 1.0
 """Time, after a call raised, until the news of another's death is here, which may be why it did."""

@@ -6,7 +6,7 @@ of it: orchestrator.members; what it was asked: orchestrator.calls.
 
     what is seen                                     of a drafter or retriever           of a verifier, or while loading
     the guard says that the process ended            go on without it, restart it        the run fails
-    no heartbeat for SILENCE_S (verifier: stall_s)   go on without it, restart it        the run fails
+    no heartbeat for SILENCE_SECONDS (verifier: stall_s)   go on without it, restart it        the run fails
     a call takes more than draft_s                   go on without it, restart it        -
     asked, but no progress for stall_s               go on without it, restart it        the run fails
     a call raised                                    go on without it, restart it        the run fails (or rereads)
@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 from conf.schema import ConfigError
 from orchestrator.calls import PendingCall, PendingCalls, RoleLostError, RunFailedError, are_settled
 from orchestrator.health import TimeLimits, has_guard, how_it_ended, trouble_of
-from orchestrator.members import BEAT, GUARD, PROCESS, Member, line_of, peer_name, rank_of
+from orchestrator.members import Member
 from orchestrator.placement import Placement, Seat
 from tiers.errors import DamagedBlockError
 from workers.messages import (
@@ -49,6 +49,7 @@ from workers.messages import (
     Result,
 )
 from workers.process.channel import ChannelError, Hub
+from workers.process.peers import BEAT, GUARD, PROCESS, line_of, peer_name, rank_of
 
 TICK_SECONDS = 0.25
 MAX_RESTARTS = 3
@@ -97,7 +98,7 @@ class Crew:
             )
 
     def build(self, config: dict[str, Any], assignments: dict[int, dict[str, Any]]) -> dict[int, Built]:
-        """These processes load and allocate what they are assigned, at once. Raises RunFailedError."""
+        """Has these ranks load and allocate their assignments, all at once; what each built. Raises RunFailedError."""
         self._config = config
         members = {rank: self.members[rank] for rank in assignments}
         for rank, member in members.items():
@@ -216,10 +217,10 @@ class Crew:
         self._look_after()
 
     def _take(self, peer: str, message: Message) -> None:
-        rank = rank_of(peer)
-        member = None if rank is None else self.members.get(rank)
-        if member is None:
-            return
+        try:
+            member = self.members[rank_of(peer)]
+        except (KeyError, ValueError):
+            return  # nobody of this run
         if line_of(peer) == GUARD:
             member.guard_heard_at = self._clock()
             if isinstance(message, Ended):
@@ -328,9 +329,7 @@ class Crew:
             self.pump(TICK_SECONDS)
 
     def _member_of(self, peer: str) -> Member:
-        rank = rank_of(peer)
-        assert rank is not None, f"{peer} has no rank"
-        return self.members[rank]
+        return self.members[rank_of(peer)]
 
     def _tell(self, peer: str, message: Message) -> None:
         try:

@@ -39,7 +39,7 @@ def harmless(text: str) -> str:
 
 
 class Display:
-    """A context manager: leaving it restores the terminal."""
+    """Shows a run on the terminal as it goes on; leaving its `with` restores the terminal."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic):
         self._console, self._clock = console, clock

@@ -17,12 +17,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
-from conf.schema import Overlap
+from conf.schema import NEVER, Overlap
 from orchestrator.ahead import DraftingAhead
 from orchestrator.pace import AdaptivePace
 from orchestrator.rebuild_policy import RebuildPolicy
 from orchestrator.roles import BackgroundVerifierRole, DrafterRole, RetrieverRole, Role, VerifierRole
-from orchestrator.round import PhaseClock, Round
+from orchestrator.round import Phase, PhaseClock, Round
 from orchestrator.session import Session
 from tiers.errors import DamagedBlockError
 from workers.messages import Draft, InnerStep, Verdict
@@ -43,7 +43,7 @@ class Hierarchy:
     drafter: DrafterRole | None = None
     gamma1: int = 0
     gamma2: int = 0
-    rebuild_policy: RebuildPolicy = field(default_factory=lambda: RebuildPolicy("never"))
+    rebuild_policy: RebuildPolicy = field(default_factory=lambda: RebuildPolicy(NEVER))
     overlap: Overlap = Overlap.off
     pace: AdaptivePace | None = None
     """Chooses `gamma1`, `gamma2` and the budget of each round, where they are not configured."""
@@ -90,15 +90,16 @@ class Hierarchy:
             count = min(self.gamma1, self.session.remaining - 2 - len(after))
         draft = Draft()
         if self.drafter is not None and count > 0:
-            with self._clock("draft"):
+            with self._clock(Phase.draft):
                 draft = self.drafter.propose(after, count, branch)
         if self.retriever is None:
             return InnerStep(draft=draft, num_proposed=0, num_accepted=0)
-        with self._clock("retrieval"):
+        with self._clock(Phase.retrieval):
             return self.retriever.extend(after, draft, branch)
 
     def _verify_and_commit(self, block: Draft, inner_steps: list[tuple[int, int]], num_steps_ahead: int) -> Round:
-        verdict = self._undamaged("verify", lambda: self._verify(block))
+        """The target judges `block`; what it accepts is final in all levels, and the retrieval cache follows."""
+        verdict = self._undamaged(Phase.verify, lambda: self._verify(block))
         tokens = self.session.commit([*block.tokens[: verdict.num_accepted], verdict.next_token])
         for role in self._roles:
             role.commit(tokens)
@@ -124,6 +125,7 @@ class Hierarchy:
         return record
 
     def _verify(self, block: Draft) -> Verdict:
+        """The target's verdict; with `overlap` the levels below draft on until it is there."""
         if self._ahead is None or not self.num_rounds:  # the first token follows nothing that could be drafted on
             return self.verifier.verify(block)
         verifier = cast(BackgroundVerifierRole, self.verifier)
@@ -144,7 +146,7 @@ class Hierarchy:
             self._must_rebuild |= self.pace.wants_rebuild()  # which may choose another budget
         budget = None if self.pace is None else self.pace.budget
         self._undamaged(
-            "refresh",
+            Phase.refresh,
             lambda: retriever.refresh(self.verifier.retrieval_update(rebuild=self._must_rebuild, budget=budget)),
         )
         rebuilt, self._must_rebuild = self._must_rebuild, False
@@ -152,7 +154,7 @@ class Hierarchy:
             self.rebuild_policy.rebuilt()
         return rebuilt
 
-    def _undamaged(self, phase: str, act: Callable[[], Result]) -> Result:
+    def _undamaged(self, phase: Phase, act: Callable[[], Result]) -> Result:
         """The result of `act`, in which the verifier reads blocks, from blocks that are as they were written."""
         for _ in range(MAX_REREADS):
             try:
@@ -160,7 +162,7 @@ class Hierarchy:
                     return act()
             except DamagedBlockError:
                 self.num_rereads += 1
-                with self._clock("reread"):
+                with self._clock(Phase.reread):
                     self.verifier.reread()
                 self._must_rebuild = True  # what the verifier remembers having sent is forgotten with the rest
         with self._clock(phase):

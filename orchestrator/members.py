@@ -7,25 +7,7 @@ from typing import Any
 
 from orchestrator.placement import VERIFIER_ROLE, Seat
 from workers.messages import Beat, Built
-
-PROCESS, BEAT, GUARD = "process", "beat", "guard"
-"""Lines that every rank has besides one for each role: for building and reports; heartbeats; its guard."""
-
-
-def peer_name(rank: int, line: str) -> str:
-    """The name by which the hub knows a line of a rank: `3.verifier`."""
-    return f"{rank}.{line}"
-
-
-def rank_of(peer: str) -> int | None:
-    """The rank of a peer's name; None of a name that has none."""
-    rank = peer.partition(".")[0]
-    return int(rank) if rank.isdigit() else None
-
-
-def line_of(peer: str) -> str:
-    """The line of a peer's name, behind its rank."""
-    return peer.partition(".")[2]
+from workers.process.peers import peer_name
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from orchestrator.ahead import AheadRecord
-from orchestrator.round import Round
+from orchestrator.round import Phase, Round
 from workers.messages import DRAFTER, RETRIEVAL
 
 
@@ -89,7 +89,7 @@ class Metrics:
         self.prefill_s: float | None = None
         self.ttft_s: float | None = None
         self.decode_s = 0.0
-        self.phase_seconds: dict[str, float] = {}
+        self.phase_seconds: dict[Phase, float] = {}
         self._token_seconds: list[float] = []
 
     def restarted(self) -> Metrics:
@@ -99,7 +99,7 @@ class Metrics:
         return restarted
 
     def add(self, round_: Round, seconds: float) -> None:
-        """`seconds` is the time the whole round took."""
+        """Counts a round that took `seconds`; the first is the prefill and the first token."""
         self.num_tokens += len(round_.tokens)
         if self.ttft_s is None:
             self.ttft_s = seconds
@@ -143,7 +143,7 @@ class Metrics:
         return self.num_decoded / self.verifications if self.verifications else None
 
     def timing(self) -> dict[str, Any]:
-        """null where nothing was measured: there is no time between tokens if there is one token."""
+        """The field `timing` of result.json; None for what was not measured, as TBT of a single token."""
         tbt_s = {
             "mean": self.tbt_mean_s,
             "p50": percentile(self._token_seconds, 50),
@@ -159,6 +159,7 @@ class Metrics:
         }
 
     def speculation(self) -> dict[str, Any]:
+        """The field `speculation` of result.json."""
         return {
             "verifications": self.verifications,
             "tokens_per_verification": self.tokens_per_verification,

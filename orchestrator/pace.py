@@ -7,15 +7,15 @@ rebuild, of each budget of the retrieval cache):
     seconds         n * (γ1 * draft step + retrieval step(γ1 + 1 rows)) + verification(γ2 + 1 rows) + refresh
     tokens          1 + sum over the block's places of the chance that all tokens up to there are accepted
 
-γ2 = 0 is among the choices: where drafting does not pay, the target decodes alone. Lossless (rule 4 of drafting ahead,
-see orchestrator.ahead): a choice is made from earlier rounds alone, before the first token of its round is drawn.
+γ2 = 0 is among the choices: where drafting does not pay, the target decodes alone. Lossless, for a
+choice is made from earlier rounds alone, before the first token of its round is drawn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.round import Round
+from orchestrator.round import Phase, Round
 
 WARM_UP = ((1, 4), (0, 6), (2, 10))
 """γ1 and γ2 of the first rounds, which teach what a row of a pass costs."""
@@ -25,11 +25,12 @@ MEMORY_OF_COSTS, MEMORY_OF_TOKENS = 0.97, 0.985
 """Share of an observation's weight that is left after the next one."""
 PRIOR_TOKENS = 4.0
 """Weight of what is assumed of an acceptance before it was seen, in tokens."""
-INITIAL_ACCEPTANCE = {"draft": 0.5, "retrieval": 0.85}
+DRAFTER_ACCEPTANCE, RETRIEVAL_ACCEPTANCE = 0.5, 0.85
+"""Acceptance of the two draft levels that is assumed before any was seen."""
 BUDGET_EXPONENT = 0.25
 """Rejection falls with the budget to this power, until a budget has been tried: of the measurements in docs/."""
 TOKENS_TO_LEAVE_A_BUDGET, TOKENS_TO_TRUST_A_BUDGET = 16.0, 48.0
-"""Proposed to the target since it was chosen."""
+"""Tokens proposed with a budget before it may be left; before its own acceptance is trusted."""
 WORTH_REBUILDING = 0.04
 """Share by which another budget must be faster to be worth a rebuild."""
 
@@ -64,7 +65,7 @@ class Cost:
         self.num_seen += 1
 
     def at(self, *counts: float) -> float:
-        """0 before the first observation."""
+        """Predicted seconds for these counts; 0 before the first observation."""
         constant, *slopes = self._coefficients
         return max(0.0, constant + sum(slope * count for slope, count in zip(slopes, counts, strict=True)))
 
@@ -101,7 +102,7 @@ class Acceptance:
         return (sum(self._accepted) + PRIOR_TOKENS * self._initial) / (sum(self._reached) + PRIOR_TOKENS)
 
     def tokens(self, most_proposed: int) -> list[float]:
-        """Expected of one verification of 0, 1, ... tokens, its own token included."""
+        """Expected tokens of a verification by block length: entry n is for n proposed ones, its own token included."""
         mean, reached, totals = self.mean, 1.0, [1.0]
         for place in range(most_proposed):
             seen = self._reached[place] if place < len(self._reached) else 0.0
@@ -123,8 +124,8 @@ class AdaptivePace:
         self.budget = self._budgets[len(self._budgets) // 2] if self._budgets else None
         self._draft, self._refresh = Cost([]), Cost([])
         self._retrieval, self._verify = Cost([0.05, 0.03]), Cost([0.05])
-        self._of_drafter = Acceptance(INITIAL_ACCEPTANCE["draft"])
-        self._of_budget = {budget: Acceptance(INITIAL_ACCEPTANCE["retrieval"]) for budget in self._budgets or (0,)}
+        self._of_drafter = Acceptance(DRAFTER_ACCEPTANCE)
+        self._of_budget = {budget: Acceptance(RETRIEVAL_ACCEPTANCE) for budget in self._budgets or (0,)}
         self._num_rounds = self._num_alone = self._tokens_since_rebuild = 0
         self._probe_after = PROBE_AFTER
         self._from_ahead = 0.0
@@ -146,7 +147,7 @@ class AdaptivePace:
             self._probe_after = PROBE_AFTER
 
     def _best(self, budget: int) -> tuple[float, int, int]:
-        """(seconds per token, γ1, γ2)."""
+        """The fastest choice within `budget`: predicted seconds per token, γ1, γ2."""
         per_step = self._of_drafter.tokens(self._gammas1[-1])
         per_round = self._acceptance_with(budget).tokens(self._gammas2[-1] + self._gammas1[-1])
         refresh = self._refresh.at()
@@ -178,7 +179,7 @@ class AdaptivePace:
 
     def learn(self, round_: Round) -> None:
         """A round is over; its index is 0 where it was the prompt and the first token."""
-        if round_.index and "reread" not in round_.seconds:
+        if round_.index and Phase.reread not in round_.seconds:
             self._learn(round_)
         self._tokens_since_rebuild = 0 if round_.rebuilt else self._tokens_since_rebuild + len(round_.tokens)
 
@@ -186,8 +187,8 @@ class AdaptivePace:
         seconds, num_proposed = round_.seconds, len(round_.proposed)
         self._num_rounds += 1
         self._num_alone = 0 if num_proposed else self._num_alone + 1
-        self._verify.add(seconds.get("verify", 0.0), num_proposed + 1)
-        self._refresh.add(seconds.get("refresh", 0.0))
+        self._verify.add(seconds.get(Phase.verify, 0.0), num_proposed + 1)
+        self._refresh.add(seconds.get(Phase.refresh, 0.0))
         if round_.ahead is not None:
             self._from_ahead += 0.1 * (round_.ahead.num_tokens - self._from_ahead)
         self._learn_drafting(round_)
@@ -200,12 +201,12 @@ class AdaptivePace:
             self._of_drafter.add(num_proposed, num_accepted)
         own_steps = round_.inner_steps[round_.num_steps_ahead :]
         num_drafted = sum(proposed for proposed, _ in own_steps) if self._budgets else len(round_.proposed)
-        if num_drafted and "draft" in round_.seconds:
-            self._draft.add(round_.seconds["draft"] / num_drafted)
+        if num_drafted and Phase.draft in round_.seconds:
+            self._draft.add(round_.seconds[Phase.draft] / num_drafted)
         if own_steps:
             rows = 1 + num_drafted / len(own_steps)
             slots = ((round_.budget or 0) + self._tokens_since_rebuild) / 1024
-            self._retrieval.add(round_.seconds["retrieval"] / len(own_steps), rows, slots)
+            self._retrieval.add(round_.seconds[Phase.retrieval] / len(own_steps), rows, slots)
 
     def wants_rebuild(self) -> bool:
         """Another budget would be so much faster that it is worth a rebuild; sets `budget` to it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from conf.schema import NEVER
+
 
 class RebuildPolicy:
     """Decides after each verification; `rebuild` is `never`, `adaptive` or a number of verifications.
@@ -19,8 +21,8 @@ class RebuildPolicy:
         self._rates: list[float] = []
 
     def is_due(self, num_proposed: int, num_accepted: int) -> bool:
-        """Called once a verification, with the number of proposed and of accepted tokens."""
-        if not num_proposed or self._rebuild == "never":
+        """Counts a verification, and tells whether a rebuild is due; called exactly once for each verification."""
+        if not num_proposed or self._rebuild == NEVER:
             return False
         self._rates.append(num_accepted / num_proposed)
         if isinstance(self._rebuild, int):

@@ -32,6 +32,7 @@ from workers.messages import (
     Verdict,
     Verify,
 )
+from workers.process.peers import peer_name, rank_of
 
 Answer = TypeVar("Answer", bound=Result)
 
@@ -45,8 +46,7 @@ def _agreed(role: str, peers: list[str], request: Request, replies: list[Reply],
     for peer, answer in zip(peers, answers, strict=True):
         if answer != answers[0]:
             both = " has ".join([peers[0], f"{answers[0]}, {peer}", f"{answer}"])
-            rank = int(peer.partition(".")[0])
-            raise RunFailedError(role, rank, f"ranks disagree after {type(request).__name__}: {both}")
+            raise RunFailedError(role, rank_of(peer), f"ranks disagree after {type(request).__name__}: {both}")
     result = replies[0].result
     assert isinstance(result, kind), f"{type(request).__name__} was answered by {result!r}"
     return result
@@ -63,7 +63,7 @@ class _OptionalRole:
     """A role that the run can do without; `ranks` play it together."""
 
     def __init__(self, crew: Crew, role: str, ranks: tuple[int, ...]):
-        self._crew, self._peers, self._role = crew, [f"{rank}.{role}" for rank in ranks], role
+        self._crew, self._peers, self._role = crew, [peer_name(rank, role) for rank in ranks], role
         self._members = [crew.members[rank] for rank in ranks]
         self._committed: list[int] = []
         self._num_commits = 0
@@ -167,7 +167,7 @@ class RemoteVerifier:
 
     def __init__(self, crew: Crew, ranks: tuple[int, ...]):
         self._crew = crew
-        self._peers = [f"{rank}.{VERIFIER_ROLE}" for rank in ranks]
+        self._peers = [peer_name(rank, VERIFIER_ROLE) for rank in ranks]
         self._verify = Verify(Draft())
         self._verification: list[int] = []
 
@@ -193,8 +193,10 @@ class RemoteVerifier:
             self._crew.post(peer, Commit(tokens), then=lambda result: None)
 
     def retrieval_update(self, *, rebuild: bool, budget: int | None = None) -> list[UpdateNotice]:
-        replies = self._crew.ask(self._peers, MakeUpdate(rebuild, budget))
-        return [reply.result for reply in replies if isinstance(reply.result, UpdateNotice)]
+        results = [reply.result for reply in self._crew.ask(self._peers, MakeUpdate(rebuild, budget))]
+        notices = [result for result in results if isinstance(result, UpdateNotice)]
+        assert len(notices) == len(results), f"an update was answered by {results}"
+        return notices
 
     def reread(self) -> None:
         self._ask(Reread(), Plain)

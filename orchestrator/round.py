@@ -6,8 +6,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from orchestrator.ahead import AheadRecord
+
+
+class Phase(StrEnum):
+    """Part of a round whose time is taken; reports name it so."""
+
+    draft = "draft"
+    """The drafter drafts."""
+    retrieval = "retrieval"
+    """The retrieval draft verifies that, and adds a token."""
+    verify = "verify"
+    """The target verifies the block."""
+    refresh = "refresh"
+    """True keys and values go to the retrieval cache."""
+    reread = "reread"
+    """All tokens are read again: a stored block was damaged."""
 
 
 @dataclass(kw_only=True)
@@ -36,25 +52,25 @@ class Round:
     """Number of inner steps, the first ones, that were made ahead."""
     rebuilt: bool = False
     """The retrieval cache was built anew at the round's end."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds of each phase: draft, retrieval, verify, refresh, reread; drafting ahead is in none of them."""
+    seconds: dict[Phase, float] = field(default_factory=dict)
+    """Seconds of each phase that there was; drafting ahead is in none of them."""
     ahead: AheadRecord | None = None
     """Counts of what was drafted during the verification; None without overlap."""
 
 
 class PhaseClock:
-    """Adds up the seconds of a round's phases: `with clock("verify"): ...`.
+    """Adds up the seconds of a round's phases: `with clock(Phase.verify): ...`.
 
     A phase within another is part of that one: what is drafted during a verification takes no time of its own.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter):
         self._now = now
-        self._seconds: dict[str, float] = {}
+        self._seconds: dict[Phase, float] = {}
         self._is_running = False
 
     @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
+    def __call__(self, phase: Phase) -> Iterator[None]:
         if self._is_running:
             yield
             return
@@ -65,7 +81,7 @@ class PhaseClock:
             self._is_running = False
             self._seconds[phase] = self._seconds.get(phase, 0.0) + self._now() - began
 
-    def take(self) -> dict[str, float]:
+    def take(self) -> dict[Phase, float]:
         """Seconds of each phase since this was called last."""
         seconds, self._seconds = self._seconds, {}
         return seconds

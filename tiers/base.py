@@ -1,6 +1,6 @@
 """The words of this folder: what a tier gives, what a cache holds, how many bytes that takes. Loads without CUDA.
 
-Shape letters everywhere in tiers/ and workers/attention*.py:
+Shape letters everywhere in tiers/ and workers/attention/:
     H kv heads   G query heads of one kv head   T new tokens   N keys   D head dimension   B tokens of a block
 """
 

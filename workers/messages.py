@@ -92,8 +92,9 @@ class UpdateNotice(msgspec.Struct, kw_only=True, tag=True):
     start: int = 0
     """Position of the first token whose keys and values it brings."""
     num_slots: int = 0
-    """Both of a rebuild that was written to the retriever's memory; see RetrievalCache.written."""
+    """Slots of each layer that a rebuild wrote to the retriever's memory; 0 where updates come otherwise."""
     num_summaries: list[int] = []
+    """Groups of each layer that a rebuild wrote there; see RetrievalCache.written."""
     carried: list[list[Any]] | None = None
     """Tensors that travel with the notice: of each layer k, v, positions and the summary's k, v, log_count."""
 
@@ -102,46 +103,60 @@ class UpdateNotice(msgspec.Struct, kw_only=True, tag=True):
 
 
 class Prefill(msgspec.Struct, tag=True):
+    """Starts a session with `tokens`: the prompt, and what `num_commits` commits have added to it."""
+
     tokens: list[int]
     num_commits: int
 
 
 class Commit(msgspec.Struct, tag=True):
+    """Makes `tokens` final."""
+
     tokens: list[int]
 
 
 class Propose(msgspec.Struct, tag=True):
+    """Asks a drafter for at most `count` tokens behind the committed ones and `after`; answered by a Draft."""
+
     after: list[int]
     count: int
     branch: int = 0
 
 
 class Extend(msgspec.Struct, tag=True):
+    """Asks a retriever to verify `draft` behind the committed tokens and `after`; answered by an InnerStep."""
+
     after: list[int]
     draft: Draft
     branch: int = 0
 
 
 class Verify(msgspec.Struct, tag=True):
+    """Asks a verifier to judge `draft`; answered by a Verdict."""
+
     draft: Draft
 
 
 class MakeUpdate(msgspec.Struct, tag=True):
+    """Asks a verifier for what the retrieval cache lacks, or for a whole new one; answered by an UpdateNotice."""
+
     rebuild: bool
     budget: int | None = None
 
 
 class TakeUpdate(msgspec.Struct, tag=True):
+    """Has a retriever take an update."""
+
     notices: list[UpdateNotice]
     """One notice of each rank of the verifier."""
 
 
 class NeedsRebuild(msgspec.Struct, tag=True):
-    pass
+    """Asks a retriever whether its room for new tokens is used up; answered by a Plain bool."""
 
 
 class Reread(msgspec.Struct, tag=True):
-    pass
+    """Has a verifier read all committed tokens again."""
 
 
 class Survey(msgspec.Struct, tag=True):

@@ -72,8 +72,6 @@ def full_cache(
     layers += [DeviceLayer(shape, sizes.capacity, tiers.device) for _ in range(sizes.num_device_layers)]
     if not stores:
         return FullCache(layers, windows)
-    # 2. What is checked on the host reaches a GPU through page-locked buffers.
-    needs_staging = sizes.num_disk_layers > 0 or tiers.host.checksums
     streamer = make_streamer(
         block.size,
         shape.dtype,
@@ -82,9 +80,9 @@ def full_cache(
         device,
         num_threads=num_readers,
         link=tiers.link,
-        staging_tier=tiers.host if needs_staging else None,
+        staging_tier=tiers.host if sizes.stages_blocks else None,
     )
-    # 3. A prompt is read with one layer at a time on the device, whose memory is given back.
+    # 2. A prompt is read with one layer at a time on the device, whose memory is given back.
     return FullCache(layers, windows, streamer, BlockWriter(device), partial(_space, shape, tiers.device))
 
 

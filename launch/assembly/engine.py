@@ -52,7 +52,7 @@ class Engine(Protocol):
     """A run ready to start, with what it reports at the end: see LocalEngine and RemoteEngine."""
 
     hierarchy: Hierarchy
-    """What generates, round by round."""
+    """The decoding loop: `start` once, then `round` until its session is finished."""
     notes: list[str]
     """Lines for the user about what was chosen on the way."""
 

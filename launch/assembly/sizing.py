@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from conf.schema import MAX_AUTO_GAMMA1, MAX_AUTO_GAMMA2, PlacementConfig, RunConfig
+from conf.schema import MAX_AUTO_GAMMA1, MAX_AUTO_GAMMA2, NEVER, PlacementConfig, RunConfig
 from tiers.base import CacheShape
 from tiers.planning.sizes import PlanInput, RetrievalSizes, StreamingSizes
 
@@ -15,12 +15,11 @@ PIECE_TOKENS = 1024
 """Tokens of the prompt that pass through a layer together."""
 MIN_STREAMING_SLACK = 64
 """Least number of tokens after which the drafter reads its window anew."""
-NEVER = "never"
-"""Value of cache.retrieval.rebuild."""
+# What `auto` chooses from.
 AUTO_GAMMAS1 = (0, 1, 2, 3, 4, 6, MAX_AUTO_GAMMA1)
 AUTO_GAMMAS2 = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, MAX_AUTO_GAMMA2)
 AUTO_BUDGETS = (512, 1024, 2048, 4096, 8192, 16384)
-"""Values that `auto` chooses from; of the budgets those that fit in a quarter of the context."""
+"""Budgets in tokens; those that fit in a quarter of the context are chosen from."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

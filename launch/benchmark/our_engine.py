@@ -17,6 +17,7 @@ from launch.assembly.task import Task
 from launch.benchmark.contender import WORKSPACE_BYTES, Cell, Turn
 from launch.command_line.timing import Stopwatch
 from orchestrator.metrics import Metrics
+from orchestrator.round import Phase
 from tiers.planning.plan import make_plan
 from workers.models.causal_model import CausalModel
 
@@ -125,7 +126,7 @@ class OurEngine:
         if total:
             outside["roles"] = 1 - sum(phases.values()) / total
             if self._clock is not None:
-                outside["forwards_and_copies"] = 1 - (self._clock.seconds + phases.get("refresh", 0.0)) / total
+                outside["forwards_and_copies"] = 1 - (self._clock.seconds + phases.get(Phase.refresh, 0.0)) / total
         return {
             "phases_s": dict(phases),
             "decode_s": total,

@@ -16,8 +16,9 @@ from launch.measure.gpu_results import Cells
 from launch.measure.gpu_setting import SAMPLE_SECONDS, Setting
 from launch.measure.levels_in_turns import LevelsInTurns, Sample
 from launch.prompts.prompt import read_prompt
+from orchestrator.round import Phase
 
-PHASES = ("draft", "retrieval", "verify", "refresh")
+PHASES = (Phase.draft, Phase.retrieval, Phase.verify, Phase.refresh)
 SPARE_TOKENS = 8
 """Tokens by which a sample's last round may go beyond what was asked for, beside gamma2."""
 

@@ -16,7 +16,7 @@ from launch.assembly.prepare import Prepared
 from launch.assembly.role_builder import RoleBuilder
 from launch.assembly.task import Task
 from launch.command_line.timing import now
-from orchestrator.round import Round
+from orchestrator.round import Phase, Round
 from workers.attention.forward_pass import NOBODY
 from workers.messages import Draft
 from workers.models.causal_model import CausalModel
@@ -121,7 +121,7 @@ class LevelsInTurns:
                 tokens += self._verify_one()
             sample.seconds = now(self._device) - began
         self._with_stream(sample, before)
-        sample.phases["verify"] = sample.seconds
+        sample.phases[Phase.verify] = sample.seconds
         for role in (self._hierarchy.retriever, self._hierarchy.drafter):
             assert role is not None, "a run of triforce has all levels"
             role.commit(tokens)

@@ -32,6 +32,7 @@ from launch.command_line.timing import Stopwatch
 from launch.processes.guard import Guard
 from orchestrator.metrics import Metrics
 from orchestrator.placement import place
+from orchestrator.round import Phase
 
 if TYPE_CHECKING:
     from launch.assembly.engine import Engine
@@ -106,7 +107,7 @@ def verification(build: Build, overrides: list[str]) -> Iterator[str]:
     yield markdown_head(VERIFICATION_HEADS)
     for _ in range(3):
         metrics = measured(build, [*VERIFICATION, *overrides])
-        milliseconds = 1e3 * metrics.phase_seconds["verify"] / metrics.verifications
+        milliseconds = 1e3 * metrics.phase_seconds[Phase.verify] / metrics.verifications
         yield markdown_row(
             [
                 placement.kind,
@@ -141,9 +142,9 @@ def overlap(
 
 def _overlap_cells(runs: dict[Overlap, Metrics]) -> list[str]:
     off = runs[Overlap.off]
-    drafting = off.phase_seconds.get("draft", 0.0) + off.phase_seconds.get("retrieval", 0.0)
+    drafting = off.phase_seconds.get(Phase.draft, 0.0) + off.phase_seconds.get(Phase.retrieval, 0.0)
     num_steps = max(1, off.num_inner_steps)
-    ratio = off.phase_seconds["verify"] / off.verifications / (drafting / num_steps)
+    ratio = off.phase_seconds[Phase.verify] / off.verifications / (drafting / num_steps)
     cells = [f"{ratio:.0f}", f"{off.levels[-1].acceptance_rate:.2f}", f"{_tbt_ms(off):.1f} ms"]
     for each in (Overlap.ahead, Overlap.outcomes):
         metrics = runs[each]

@@ -18,7 +18,7 @@ from launch.prompts.prompt import read_prompt, read_workload
 from orchestrator.display import Display
 from orchestrator.metrics import Metrics
 from orchestrator.placement import place
-from orchestrator.round import Round
+from orchestrator.round import Phase, Round
 from orchestrator.run_files import Report, versions
 from orchestrator.session import Session
 
@@ -120,7 +120,7 @@ class GenerationRun:
 
     def _take_round(self, advance: Callable[[], Round], session: Session, report: Report) -> None:
         round_, seconds = take_round(advance, self.metrics)
-        if "reread" in round_.seconds:
+        if Phase.reread in round_.seconds:
             self.display.note("a stored block was damaged: all tokens so far were read again")
         report.add_round(round_, seconds)
         self.display.add_round(round_, session.text_stream.take_pieces(), self.metrics)

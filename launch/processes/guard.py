@@ -29,6 +29,7 @@ from launch.processes.mps import MpsService
 from launch.processes.python_module import start_module
 from workers.messages import Close, DumpStacks, Ended, Message, Ping, Restart
 from workers.process.channel import PING_SECONDS, ChannelError, Endpoints, Line, PingListener
+from workers.process.peers import GUARD, peer_name
 
 WORKER_MODULE = "launch.processes.worker_process"
 ENDPOINTS, PIPE, START_TIMEOUT = "TIERFORCE_ENDPOINTS", "TIERFORCE_PIPE", "TIERFORCE_START_TIMEOUT"
@@ -40,7 +41,7 @@ CLOSING_SECONDS = 10.0
 FOUND_NOBODY = 3
 """Exit code of a worker that found no orchestrator, and has said so."""
 STACKS_SIGNAL = signal.SIGUSR1
-"""To the worker: it writes the stacks of its threads to its log."""
+"""Signal on which a worker writes the stacks of its threads to its log."""
 PR_SET_PDEATHSIG = 1
 libc = ctypes.CDLL(None)
 
@@ -142,7 +143,7 @@ class Guard:
     def _connect(self, endpoints: Endpoints) -> _Connection:
         messages, pings = endpoints.for_host(same_host=same_host())
         return _Connection(
-            line=Line(messages, f"{self._rank}.guard", endpoints.secret),
+            line=Line(messages, peer_name(int(self._rank), GUARD), endpoints.secret),
             pings=PingListener(pings, self._clock, endpoints.pid if same_host() else None),
         )
 

@@ -13,7 +13,7 @@ from tiers.planning.plan import MemoryPlan, drafter_plan, make_plan, retriever_p
 from workers.parallel.shard import Shard
 
 NOTHING = FreeBytes(device=0, host=0, disk=0, device_is_host=True)
-"""Of no weight for plans of a drafter or retriever: they say what is needed, whatever is free."""
+"""Free bytes for plans that only say what is needed; nothing is held against them."""
 
 
 def plan_ranks(task: Task, sites: RankSites) -> dict[int, MemoryPlan]:

@@ -21,12 +21,12 @@ from launch.processes.sites import RankSites
 from orchestrator.calls import RunFailedError
 from orchestrator.crew import Crew
 from orchestrator.hierarchy import Hierarchy
-from orchestrator.members import PROCESS
 from orchestrator.placement import RETRIEVER_ROLE, devices_for, sharing_notes
 from orchestrator.remote_roles import RemoteDrafter, RemoteRetriever, RemoteVerifier
 from tiers.planning.plan import MemoryPlan
 from workers.messages import Attach, Built, Plain, Result, Survey
 from workers.parallel.shard import Shard
+from workers.process.peers import PROCESS, peer_name
 
 
 @dataclass(kw_only=True)
@@ -123,7 +123,7 @@ def build_remote(task: Task, company: Company) -> RemoteEngine:
         """Has the verifier's ranks map the memory that a retriever shares; whether all of them could."""
         if not of_retriever.shared:
             return True
-        peers = [f"{rank}.{PROCESS}" for rank in placement.verifier_ranks]
+        peers = [peer_name(rank, PROCESS) for rank in placement.verifier_ranks]
         return all(_value(reply.result) for reply in crew.ask(peers, Attach(of_retriever.shared)))
 
     if config.uses_retrieval and not connect(built[placement.retriever_ranks[0]]):
@@ -145,7 +145,7 @@ def _survey(crew: Crew, config: RunConfig) -> RankSites:
     seats = {rank: member.seat for rank, member in crew.members.items() if member.seat is not None}
     devices = devices_for(placement, seats, config.placement.device)
     found = {
-        rank: _value(crew.wait(crew.post(f"{rank}.{PROCESS}", Survey(devices[rank], folder)), crew.limits.start_s))
+        rank: _value(crew.wait(crew.post(peer_name(rank, PROCESS), Survey(devices[rank], folder)), crew.limits.start_s))
         for rank in placement.worker_ranks
     }
     free = {

@@ -41,6 +41,7 @@ from workers.parallel.collectives import ByThread, GroupAllReduce, SharedMemoryA
 from workers.parallel.shard import WHOLE, Heads, Shard, own_heads
 from workers.parallel.tensor_parallel import AllReduce, pooled_scores
 from workers.process.channel import Endpoints, Line, PingListener
+from workers.process.peers import peer_name
 from workers.process.update_path import (
     Carried,
     Carrying,
@@ -295,7 +296,7 @@ def serve(endpoints: Endpoints, rank: int, node: int, build: Build, *, same_host
     num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
     def connect(name: str, *tensors: Any) -> Line:
-        return Line(messages, f"{rank}.{name}", endpoints.secret, *tensors, node=node, num_devices=num_devices)
+        return Line(messages, peer_name(rank, name), endpoints.secret, *tensors, node=node, num_devices=num_devices)
 
     Worker(connect, partial(PingListener, pings, time.monotonic, pid), survey, build).run()
 

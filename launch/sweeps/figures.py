@@ -27,6 +27,7 @@ from launch.sweeps.drawing import (
 )
 from launch.sweeps.gamma_maps import gamma_maps
 from launch.sweeps.medians import GAMMA1, GAMMA2, Point, Results, Series, differing, fastest, label_of, series_of
+from orchestrator.round import Phase
 
 MODE_AXIS = "decoding.mode"
 """The setting that names a baseline."""
@@ -44,11 +45,11 @@ LEVEL_TITLES = {"retrieval": "retrieval draft, judged by the target", "drafter":
 LEVEL_NAMES = {"retrieval": "retrieval draft", "drafter": "drafter"}
 LEVEL_LINES: tuple[tuple[str, Literal["-", ":"]], ...] = (("retrieval", "-"), ("drafter", ":"))
 PARTS = (
-    ("draft", "draft", SKY, ""),
-    ("retrieval", "retrieval draft", ORANGE, ""),
-    ("verify", "verify: compute", BLUE, ""),
+    (Phase.draft, "draft", SKY, ""),
+    (Phase.retrieval, "retrieval draft", ORANGE, ""),
+    (Phase.verify, "verify: compute", BLUE, ""),
     ("stall", "verify: waiting for the stream", "#9FC6DD", "////"),
-    ("refresh", "refresh of the retrieval cache", GREEN, ""),
+    (Phase.refresh, "refresh of the retrieval cache", GREEN, ""),
     ("rest", "rest: messages, bookkeeping", "#BBBBBB", ""),
 )
 """Parts of a round: name, legend, colour, hatch."""
@@ -218,12 +219,13 @@ def round_parts(point: Point) -> dict[str, float]:
     """Milliseconds of a mean round by part of PARTS; of several runs, of the one with the median time."""
     row = sorted(point.rows, key=lambda row: row["tbt_ms"])[(len(point.rows) - 1) // 2]
     rounds = row["verifications"]
-    ms = {name: 1000 * (row.get(f"{name}_s") or 0.0) / rounds for name in ("draft", "retrieval", "verify", "refresh")}
-    ms["refresh"] += 1000 * (row.get("reread_s") or 0.0) / rounds
+    shown = (Phase.draft, Phase.retrieval, Phase.verify, Phase.refresh)
+    ms: dict[str, float] = {name: 1000 * (row.get(f"{name}_s") or 0.0) / rounds for name in shown}
+    ms[Phase.refresh] += 1000 * (row.get("reread_s") or 0.0) / rounds
     ms["rest"] = max(0.0, 1000 * row["decode_s"] / rounds - sum(ms.values()))
     # The stream is counted from the first token on, whose round is in no phase.
-    ms["stall"] = min(ms["verify"], 1000 * (row.get("stall_s") or 0.0) / (rounds + 1))
-    ms["verify"] -= ms["stall"]
+    ms["stall"] = min(ms[Phase.verify], 1000 * (row.get("stall_s") or 0.0) / (rounds + 1))
+    ms[Phase.verify] -= ms["stall"]
     return ms
 
 

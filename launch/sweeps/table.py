@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.command_line.tables import write_atomically, write_csv
+from orchestrator.round import Phase
 from orchestrator.run_files import RESULT
 
 SweepRow = dict[str, Any]
@@ -35,7 +36,7 @@ JOB_COLUMNS = ("id", "status", "exit_code", "message", "log", "seconds", "host",
 """Columns of a job that are known whatever it measures."""
 LEVELS = ("retrieval", "drafter")
 MEMORIES = ("device", "host", "disk", "process")
-PHASES = ("draft", "retrieval", "verify", "refresh", "reread")
+PHASES = tuple(Phase)
 METRICS = (
     "tbt_ms",
     "tbt_ms_p50",

@@ -11,10 +11,10 @@ from typing import Any
 from conf.schema import PlacementConfig, PlacementKind
 from orchestrator.crew import Crew
 from orchestrator.health import TimeLimits
-from orchestrator.members import BEAT, GUARD, PROCESS
 from orchestrator.placement import place
 from workers.messages import Beat, Built, Call, Failure, Hello, Message, Ping, Plain, Reply, Request
 from workers.process.channel import ChannelError
+from workers.process.peers import BEAT, GUARD, PROCESS
 
 LIMITS = TimeLimits(start_s=60, stall_s=20, draft_s=4)
 

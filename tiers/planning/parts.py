@@ -29,10 +29,10 @@ class Part(StrEnum):
     page_buffers = "page buffers"
     """Blocks on their way to disk and back."""
     hidden_states = "hidden states"
-    """A prompt's, on the host; those on the device are part of the workspace."""
+    """Hidden states of a prompt that wait on the host between layers; on the device they are part of the workspace."""
     retrieval_cache = "retrieval cache"
     dequantised_chunks = "dequantised chunks"
-    """One layer's, as attention reads it."""
+    """Chosen chunks of one layer in the model's dtype, as attention reads them."""
     chunk_scores = "chunk scores"
     """Memory of the rule that chooses chunks: something of each."""
     chunks_ahead = "chunks ahead"
@@ -88,9 +88,7 @@ def host_parts(inputs: PlanInput, sizes: Sizes) -> dict[Part, int]:
     if sizes.hidden_tier is TierName.host:
         parts[Part.hidden_states] = _hidden_bytes(inputs, sizes)
     if not inputs.device_is_host:
-        # Blocks that are checked on the host first go to page-locked memory, from which a GPU fetches them.
-        are_staged = sizes.num_disk_layers > 0 or inputs.checks_host
-        parts[Part.staging_buffers] = sizes.stream_buffers * block_bytes if are_staged else 0
+        parts[Part.staging_buffers] = sizes.stream_buffers * block_bytes if sizes.stages_blocks else 0
     return parts
 
 

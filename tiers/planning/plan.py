@@ -130,6 +130,7 @@ def _plan_with(
         num_disk_layers=num_layers_in_blocks - num_host_layers,
         block_tokens=block_tokens_for(inputs.target_shape, cache, inputs.max_tokens),
         stream_buffers=cache.full.stream_buffers,
+        stages_blocks=not inputs.device_is_host and (num_layers_in_blocks > num_host_layers or inputs.checks_host),
         # Where memory of the device is short, so that layers leave it, hidden states do not take any either.
         hidden_tier=TierName.host if num_layers_in_blocks and not inputs.device_is_host else TierName.device,
         retrieval=inputs.retrieval,

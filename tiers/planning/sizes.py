@@ -74,6 +74,8 @@ class Sizes:
     """Tokens of one block of a layer that is not on the device."""
     stream_buffers: int
     """Blocks in flight to the device."""
+    stages_blocks: bool = False
+    """Blocks are checked on the host, and reach a GPU through page-locked buffers there."""
     hidden_tier: TierName = TierName.device
     """Tier in which a prompt's hidden states wait between layers: device or host."""
     retrieval: RetrievalSizes | None = None

@@ -51,6 +51,7 @@ from workers.messages import (
 )
 from workers.process.background import OwnStream
 from workers.process.channel import ChannelError, Line, PingListener
+from workers.process.peers import BEAT, PROCESS
 from workers.process.tensor_frames import from_raw, to_raw
 
 logger = logging.getLogger(__name__)
@@ -140,8 +141,8 @@ class Worker:
 
     def run(self) -> None:
         """Serves until it is told to end."""
-        threading.Thread(target=self._beat, name="beat", daemon=True).start()
-        line = self._connect("process", to_raw, from_raw)
+        threading.Thread(target=self._beat, name=BEAT, daemon=True).start()
+        line = self._connect(PROCESS, to_raw, from_raw)
         try:
             while not isinstance(message := line.receive(), Close):
                 if isinstance(message, Call):
@@ -194,7 +195,7 @@ class Worker:
     # ---- The heartbeat. ----
 
     def _beat(self) -> None:
-        line, pings = self._connect("beat"), self._make_pings()
+        line, pings = self._connect(BEAT), self._make_pings()
         while True:
             message = line.receive(BEAT_SECONDS)
             if isinstance(message, Close):

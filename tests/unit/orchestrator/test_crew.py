@@ -11,7 +11,6 @@ from conf.schema import ConfigError, PlacementConfig, PlacementKind
 from orchestrator import crew as crew_module
 from orchestrator.calls import RoleLostError, RunFailedError
 from orchestrator.crew import Crew
-from orchestrator.members import BEAT, GUARD, PROCESS
 from orchestrator.placement import place
 from tests.support.fake_crew import LIMITS, Clock, FakeHub, fake_crew
 from tiers.errors import DamagedBlockError
@@ -30,6 +29,7 @@ from workers.messages import (
     Reply,
     Restart,
 )
+from workers.process.peers import BEAT, GUARD, PROCESS
 
 DRAFTER, RETRIEVER, VERIFIERS = "1.drafter", "2.retriever", ("3.verifier", "4.verifier")
 PROPOSE = Propose([], 2)

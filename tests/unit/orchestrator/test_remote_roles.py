@@ -7,7 +7,6 @@ import pytest
 from conf.schema import PlacementKind
 from orchestrator import crew as crew_module
 from orchestrator.calls import RunFailedError
-from orchestrator.members import GUARD
 from orchestrator.remote_roles import RemoteDrafter, RemoteRetriever, RemoteVerifier
 from tests.support.fake_crew import fake_crew
 from workers.messages import (
@@ -28,6 +27,7 @@ from workers.messages import (
     Verdict,
     Verify,
 )
+from workers.process.peers import GUARD
 
 DRAFT = Draft(tokens=[5, 6], origins=["drafter"] * 2)
 STEP = InnerStep(draft=DRAFT, num_proposed=2, num_accepted=1)
