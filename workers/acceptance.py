@@ -30,6 +30,8 @@ from workers.messages import NO_TOKEN, Draft, Verdict
 CHOOSE, ACCEPT, REPLACE, RACE = range(4)
 NUM_PURPOSES = 4
 SUM_TOLERANCE = 1e-3
+MOST_NOISE_BYTES = 64 << 20
+"""Of the noise of races that is kept. What is not kept is made again, the same."""
 NUM_CANDIDATES = 128
 """Tokens that top-k and top-p look at first on a CPU: a whole vocabulary is rarely worth sorting."""
 
@@ -155,7 +157,8 @@ class KeyedRandom:
         if key not in self._noise:
             values = self._generator(position, RACE, 0).standard_exponential(probs.shape[-1])
             self._noise[key] = torch.from_numpy(np.maximum(values, 1e-300)).to(probs.device)
-            if len(self._noise) > 256:
+            row_bytes = self._noise[key].nbytes
+            while len(self._noise) > max(1, MOST_NOISE_BYTES // row_bytes):
                 self._noise.popitem(last=False)
         return self._noise[key]
 

@@ -12,7 +12,8 @@ import torch
 from conf.schema import LOOKUP_DRAFTER, ConfigError, CudaGraphs, Dtype, RunConfig
 from launch.assembly.sizing import streaming_sizes
 from tiers.planning.memory import num_idle_cores
-from workers.models.facts import ModelFacts, check_same_vocabulary, describe
+from workers.models.facts import ModelFacts, describe
+from workers.models.shared_vocabulary import SharedVocabulary, shared_vocabulary
 
 DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16, Dtype.float16: torch.float16}
 
@@ -28,6 +29,8 @@ class Prepared:
     target: ModelFacts
     drafter: ModelFacts | None
     """None for a run without a drafter, or with one that looks up n-grams."""
+    vocabulary: SharedVocabulary | None = None
+    """The ids that target and drafter share; None where there is no model that drafts."""
     notes: list[str] = field(default_factory=list)
     """Lines for the user about what was chosen."""
     on_locked: Callable[[int, int], None] = lambda done, total: None
@@ -61,14 +64,18 @@ def prepare(config: RunConfig) -> Prepared:
     num_threads = _set_threads(config.placement.threads) if device.type == "cpu" else torch.get_num_threads()
     dtype = _choose_dtype(config.model.dtype, device)
     target = describe("model.target", config.model.target, dtype, config.model.max_positions)
-    drafter = None
+    drafter, vocabulary = None, None
     if config.uses_drafter and config.model.drafter != LOOKUP_DRAFTER:
         drafter = describe("model.drafter", config.model.drafter, dtype)
-        check_same_vocabulary(target, drafter)
+        vocabulary = shared_vocabulary(target, drafter)
         _check_drafter_window(config, drafter)
     where = f"device {device}" + (f", threads: {num_threads}" if device.type == "cpu" else "")
     notes = [f"{where}, {str(dtype).split('.')[-1]}"]
-    return Prepared(device=device, num_threads=num_threads, target=target, drafter=drafter, notes=notes)
+    if vocabulary is not None:
+        notes += vocabulary.notes()
+    return Prepared(
+        device=device, num_threads=num_threads, target=target, drafter=drafter, vocabulary=vocabulary, notes=notes
+    )
 
 
 def _choose_device(name: str) -> torch.device:
@@ -106,6 +113,13 @@ def _choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
 def _check_drafter_window(config: RunConfig, drafter: ModelFacts) -> None:
     streaming = streaming_sizes(config)
     most = drafter.max_positions - streaming.sinks - streaming.slack
+    if most < 1:
+        raise ConfigError(
+            f"model.drafter is {drafter.source!r}, which knows {drafter.max_positions} positions; it must know at "
+            f"least {streaming.sinks + streaming.slack + 1}: {streaming.sinks} for cache.streaming.sinks, "
+            f"{streaming.slack} for tokens in flight, fewer with smaller decoding.gamma1 and gamma2, and 1 for the "
+            "window. Or use model.drafter=lookup"
+        )
     if streaming.window > most:
         raise ConfigError(
             f"cache.streaming.window is {streaming.window}; it must be at most {most}: the drafter knows "

@@ -35,6 +35,8 @@ from workers.models.cuda_graphs import CudaRecorder, RecordedModel, Recorder, ru
 from workers.models.facts import ModelFacts
 from workers.models.loading import load_model
 from workers.models.retrieval_model import RetrievalKVCache, RetrievalModel
+from workers.models.shared_ids_model import on_shared_ids
+from workers.models.shared_vocabulary import shared_vocabulary
 from workers.models.shared_weights import load_shared_model
 from workers.models.streaming_model import StreamingModel
 from workers.models.target_model import TargetModel
@@ -187,7 +189,8 @@ class RoleBuilder:
             return LookupDrafter(vocab_size, one_hot=one_hot)
         assert self.sizes.streaming is not None, "the plan has no drafter"
         cache = caches.streaming_cache(self.sizes.streaming, facts.cache_shape, self.tiers.device)
-        model = StreamingModel(self._recorded(facts, self._load(facts, layer_major=False), cache), cache)
+        streaming = StreamingModel(self._recorded(facts, self._load(facts, layer_major=False), cache), cache)
+        model = on_shared_ids(streaming, shared_vocabulary(self.target_facts, facts))
         coupling = self._coupling(LEVEL_DRAFTER)
         # Where the retrieval draft stands between, it names the runners-up of what it hands on.
         names_runners_up = self._wants_runners_up and not config.uses_retrieval

@@ -237,6 +237,9 @@ class SpeculatingPeer(GeneratePeer):
             return num_bytes
         if drafter is None:
             raise NotHereError("needs a drafter model: set model.drafter to one")
+        vocabulary = self.cell.prepared.vocabulary
+        if vocabulary is not None and not vocabulary.is_whole:
+            raise NotHereError("needs a drafter whose token ids are the target's")
         return num_bytes + drafter.num_weight_bytes + drafter.cache_shape.bytes_per_token * self.cell.num_positions
 
     def load(self) -> None:

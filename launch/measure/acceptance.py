@@ -51,6 +51,7 @@ from tiers.streaming_llm_cache import StreamingLLMCache
 from workers.acceptance import KeyedRandom, distribution
 from workers.models.causal_model import CausalModel
 from workers.models.loading import load_model
+from workers.models.shared_ids_model import on_shared_ids
 from workers.models.streaming_model import StreamingModel
 
 RETRIEVAL, CHOSEN, RECENT, DRAFTER = "retrieval", "chosen chunks alone", "recent window", "drafter"
@@ -161,9 +162,9 @@ class Measurement:
         )
         drafts = [draft for budget in settings.budgets for draft in drafts_of(settings, budget)]
         self._comparison = DraftComparison(target, prepared.target, tier, drafts, config)
-        assert prepared.drafter is not None
+        assert prepared.drafter is not None and prepared.vocabulary is not None
         streaming = StreamingLLMCache(prepared.drafter.cache_shape, SINKS, settings.window, SPARE_TOKENS, tier)
-        self._drafter = StreamingModel(drafter, streaming)
+        self._drafter = on_shared_ids(StreamingModel(drafter, streaming), prepared.vocabulary)
         self._sums: dict[tuple[str, int], dict[str, float]] = {}
 
     def run(self, prompt: list[int], seed: int) -> dict[tuple[str, int], dict[str, float]]:

@@ -43,6 +43,8 @@ class GenerationRun:
     prompt_ids: list[int] = field(default_factory=list)
     expected_answers: list[str] = field(default_factory=list)
     """Answers that a prompt of a known workload asks for."""
+    drafter_vocabulary: dict[str, float] | None = None
+    """How many token ids drafter and target share; None where no model drafts."""
     engine: Engine | None = None
     company: Company | None = None
     """The processes of a run over several."""
@@ -77,6 +79,8 @@ class GenerationRun:
         company = self._gather_company()
         prepared = prepare(self.config)
         prepared.on_locked = self.display.locking
+        if prepared.vocabulary is not None:
+            self.drafter_vocabulary = prepared.vocabulary.report()
         self.phase = "prompt"
         self.prompt_ids = read_prompt(self.config.prompt, prepared.tokenizer, at_most=4 * prepared.max_positions)
         self.expected_answers = list(read_workload(self.config.prompt).answers)
@@ -149,6 +153,7 @@ class GenerationRun:
             "config": to_plain(self.config),
             "timing": self.metrics.timing(),
             "speculation": self.metrics.speculation(),
+            "drafter_vocabulary": self.drafter_vocabulary,
             "memory": engine.memory_report() if engine else {},
             "streaming": engine.streaming_report() if engine else {},
             "processes": engine.processes_report() if engine else [],

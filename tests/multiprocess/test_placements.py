@@ -10,7 +10,7 @@ import pytest
 
 from conf.schema import Coupling, Mode, Overlap, PlacementKind, RetrievalRuleName, SamplingConfig
 from tests.multiprocess.forked_runs import Case, run_many
-from tests.support.tiny_models import greedy_tokens, random_prompt
+from tests.support.tiny_models import greedy_tokens, random_prompt, save_checkpoint, tiny_config, tiny_tokenizer
 from tests.support.tiny_runs import DEVICE, DISK, HOST, generate, tiny_run
 
 NUM_TOKENS, PROMPT = 16, random_prompt(150)
@@ -27,9 +27,12 @@ FLAT = 1.5
 
 
 @pytest.fixture(scope="module")
-def cases(checkpoints) -> dict[str, Case]:
+def cases(checkpoints, tmp_path_factory) -> dict[str, Case]:
     target, other = checkpoints("llama", logit_spread=FLAT, **FOUR_KV_HEADS), checkpoints("llama", seed=1)
     uneven, shared = checkpoints("llama", **UNEVEN), checkpoints("llama", logit_spread=FLAT)
+    other_words = save_checkpoint(
+        tmp_path_factory.mktemp("other_words"), tiny_config("llama", vocab_size=98), 3, tokenizer=tiny_tokenizer(98)
+    )
     # A drafter that is the target itself is right where its window suffices.
     configs = {
         "greedy": tiny_run(target, target),
@@ -38,6 +41,8 @@ def cases(checkpoints) -> dict[str, Case]:
         "greedy_uneven_heads": tiny_run(uneven, uneven, tier=HOST, summary_tokens=0),
         "maximal_shared_heads": tiny_run(shared, shared, sampling=MAXIMAL),
         "maximal_shared_keys": tiny_run(shared, shared, sampling=MAXIMAL, rule=RetrievalRuleName.mean_key, rebuild="2"),
+        "greedy_other_words": tiny_run(target, other_words),
+        "maximal_other_words": tiny_run(target, other_words, Mode.streaming, sampling=MAXIMAL),
         "gumbel_lookup": tiny_run(target, "lookup", Mode.streaming, sampling=GUMBEL),
         "maximal": tiny_run(target, target, sampling=MAXIMAL),
         "maximal_retrieval": tiny_run(target, "none", Mode.retrieval, sampling=MAXIMAL, tier=HOST),

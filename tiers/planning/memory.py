@@ -10,6 +10,8 @@ import psutil
 import torch
 
 CGROUP, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+CPU_FILES = ("cpu.max", "cpu.cfs_quota_us cpu.cfs_period_us")
+"""Files with quota and period of a cgroup's share of the cores, of version 2 and of version 1."""
 CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 """Files with limit and usage, of version 2 and of version 1."""
 
@@ -20,7 +22,7 @@ def host_free_bytes() -> int:
     A cgroup's usage includes cached pages of files, which the system drops when memory is asked for: not counted here.
     """
     free: int = psutil.virtual_memory().available
-    for folder in _memory_cgroups():
+    for folder in _own_cgroups("memory"):
         for limit_file, usage_file in CGROUP_FILES:
             try:
                 limit, usage = (folder / limit_file).read_text().strip(), (folder / usage_file).read_text().strip()
@@ -33,15 +35,15 @@ def host_free_bytes() -> int:
     return free
 
 
-def _memory_cgroups() -> set[Path]:
-    """Folders of the cgroups that limit this process: its own, and all above it."""
-    folders = {CGROUP, CGROUP / "memory"}
+def _own_cgroups(controller: str) -> set[Path]:
+    """Folders of the cgroups that limit what this process has of `controller`: its own, and all above it."""
+    folders = {CGROUP, CGROUP / controller}
     try:
         lines = OWN_CGROUPS.read_text().splitlines()
     except OSError:
         return folders
     for _, controllers, path in (line.split(":", 2) for line in lines):
-        if controllers in ("", "memory"):
+        if not controllers or controller in controllers.split(","):
             root = CGROUP / controllers
             own = root / path.lstrip("/")
             folders |= {own, *(parent for parent in own.parents if parent.is_relative_to(root))}
@@ -94,10 +96,19 @@ def num_idle_cores() -> int:
     mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     busy_percent = psutil.cpu_percent(interval=0.25, percpu=True)
     num_idle: float = len(mine) - sum(percent for core, percent in enumerate(busy_percent) if core in mine) / 100
-    try:
-        quota, period = (CGROUP / "cpu.max").read_text().split()
-    except OSError:
-        quota = "max"
-    if quota != "max":
-        num_idle = min(num_idle, int(quota) / int(period))
-    return max(1, round(num_idle))
+    # Rounded down: one thread more than the quota lets run has the system hold up all of them.
+    return max(1, int(min(round(num_idle), _cpu_quota())))
+
+
+def _cpu_quota() -> float:
+    """Cores that the cgroups of this process let it use at a time; infinite without a limit."""
+    least = float("inf")
+    for folder in _own_cgroups("cpu"):
+        for names in CPU_FILES:
+            try:
+                quota, period = " ".join((folder / name).read_text() for name in names.split()).split()
+            except OSError:
+                continue
+            if quota.isdigit():  # neither "max" nor -1, which are no limit
+                least = min(least, int(quota) / int(period))
+    return least

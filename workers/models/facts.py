@@ -231,18 +231,3 @@ def _num_parameters(key: str, name: str, config: PreTrainedConfig) -> int:
             f"{key} is {name!r}, whose config.json makes no model ({error!r}); check its sizes"
         ) from error
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def check_same_vocabulary(target: ModelFacts, drafter: ModelFacts) -> None:
-    """Raises ConfigError unless token texts agree, id by id; the padding of the vocabularies may differ."""
-    ours, theirs = target.tokenizer.get_vocab(), drafter.tokenizer.get_vocab()
-    if ours == theirs:
-        return
-    our_texts, their_texts = ({token_id: text for text, token_id in vocab.items()} for vocab in (ours, theirs))
-    both = our_texts.keys() | their_texts.keys()
-    first = min(token_id for token_id in both if our_texts.get(token_id) != their_texts.get(token_id))
-    example = f"id {first} is {their_texts.get(first)!r} there and {our_texts.get(first)!r} in the target's"
-    raise ConfigError(
-        f"model.drafter is {drafter.source!r}; its tokenizer must be that of model.target={target.source!r}: "
-        f"{example}. Name a drafter of the same family, or model.drafter=lookup"
-    )

@@ -59,7 +59,7 @@ def load_model(
         return CausalModel(_read_part(facts, files, device, all_reduce), device)
     hf_model = _read_whole(facts, device)
     tokens = _self_check_tokens(facts)
-    wanted = _logits(hf_model, tokens) if self_check else None
+    wanted = _logits(facts, hf_model, tokens) if self_check else None
     model = CausalModel(hf_model, device)
     if wanted is not None:
         _self_check(facts, model, tokens, wanted, layer_major=layer_major)
@@ -151,9 +151,19 @@ def _self_check_tokens(facts: ModelFacts) -> list[int]:
 
 
 @torch.inference_mode()
-def _logits(hf_model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
-    """Logits [T, V] by transformers alone."""
-    logits: torch.Tensor = hf_model(input_ids=torch.tensor([tokens], device=hf_model.device), use_cache=False).logits[0]
+def _logits(facts: ModelFacts, hf_model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
+    """Logits [T, V] by transformers alone. Raises ConfigError where it cannot compute with this configuration."""
+    try:
+        output = hf_model(input_ids=torch.tensor([tokens], device=hf_model.device), use_cache=False)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model's code makes of sizes that do not fit each other
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{facts.key} is {facts.source!r}, with which transformers itself cannot compute ({reason}); check the "
+            "sizes and ids in its config.json"
+        ) from error
+    logits: torch.Tensor = output.logits[0]
     return logits
 
 
@@ -170,7 +180,7 @@ def _self_check_sharded(
     try:
         short = _first_layers(facts, SELF_CHECK_LAYERS)
         tokens = _self_check_tokens(short)
-        wanted = _logits(_read_whole(short, device), tokens)
+        wanted = _logits(short, _read_whole(short, device), tokens)
         model = CausalModel(_read_part(short, files, device, all_reduce), device)
         _self_check(short, model, tokens, wanted, layer_major=layer_major)
     finally:

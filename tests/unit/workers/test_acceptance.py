@@ -15,6 +15,7 @@ from tests.support.toy_models import EXACT, MarkovModel, make_setup, random_tabl
 from workers.acceptance import (
     ACCEPT,
     CHOOSE,
+    MOST_NOISE_BYTES,
     NUM_PURPOSES,
     RACE,
     REPLACE,
@@ -164,6 +165,15 @@ def test_choosing_inverts_the_cumulative_distribution():
 def test_probability_zero_is_never_accepted_and_one_always():
     assert not FixedUniform(0.0).accept(0.0, 0, ACCEPT)
     assert FixedUniform(ALMOST_ONE).accept(1.0, 0, ACCEPT)
+
+
+def test_the_noise_that_is_kept_of_a_large_vocabulary_is_bounded_and_made_again_the_same():
+    random, probs = KeyedRandom(seed=5), torch.full((152_000,), 1 / 152_000)
+    winners = [random.race(probs, position) for position in range(70)]
+    kept = sum(noise.nbytes for noise in random._noise.values())
+    assert kept <= MOST_NOISE_BYTES and len(random._noise) > 40
+    assert 0 not in {position for position, _ in random._noise}
+    assert [random.race(probs, position) for position in range(3)] == winners[:3]
 
 
 def test_a_race_survives_noise_that_underflows(monkeypatch):

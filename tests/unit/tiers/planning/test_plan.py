@@ -404,7 +404,7 @@ def test_where_there_is_no_room_to_collect_chunks_they_are_fetched():
         ([3.0, 2.0, 1.0, 0.0], "max 100000", 4),
         ([100.0, 2.0, 40.0, 0.0], "max 100000", 3),
         ([100.0, 100.0, 100.0, 100.0], "max 100000", 1),
-        ([0.0, 0.0, 0.0, 0.0], "150000 100000", 2),
+        ([0.0, 0.0, 0.0, 0.0], "150000 100000", 1),
         ([0.0, 0.0, 0.0, 0.0], None, 4),
     ],
 )
@@ -414,4 +414,34 @@ def test_threads_are_for_idle_cores_within_the_quota(monkeypatch, tmp_path, busy
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
     monkeypatch.setattr(memory.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
     monkeypatch.setattr(memory.psutil, "cpu_percent", lambda interval, percpu: [*busy_percent, 100.0, 100.0])
+    assert memory.num_idle_cores() == wanted
+
+
+@pytest.mark.parametrize(
+    ("cgroups", "files"),
+    [
+        ("0::/user.slice/limited.scope\n", {"user.slice/cpu.max": "150000 100000", "cpu.max": "max 100000"}),
+        ("0::/limited/job\n", {"limited/cpu.max": "300000 100000", "limited/job/cpu.max": "100000 100000"}),
+        (
+            "4:cpu,cpuacct:/docker/abc\n0::/\n",
+            {"cpu,cpuacct/cpu.cfs_quota_us": "-1", "cpu,cpuacct/cpu.cfs_period_us": "100000"}
+            | {
+                "cpu,cpuacct/docker/abc/cpu.cfs_quota_us": "200000",
+                "cpu,cpuacct/docker/abc/cpu.cfs_period_us": "100000",
+            },
+        ),
+        ("4:cpu:/docker/abc\n", {"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}),
+    ],
+    ids=["a slice above", "the least of several", "version 1", "version 1 in a namespace"],
+)
+def test_threads_are_within_the_quota_of_any_cgroup_above(monkeypatch, tmp_path, cgroups, files):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    (tmp_path / "cgroup").write_text(cgroups)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "OWN_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(memory.os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    monkeypatch.setattr(memory.psutil, "cpu_percent", lambda interval, percpu: [0.0] * 8)
+    wanted = {"user.slice": 1, "limited": 1, "cpu,cpuacct": 2, "cpu": 1}[next(iter(files)).split("/")[0]]
     assert memory.num_idle_cores() == wanted

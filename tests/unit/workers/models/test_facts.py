@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from conf.schema import ConfigError
-from tests.support.tiny_models import VOCAB_SIZE, save_checkpoint, tiny_config, tiny_tokenizer
+from tests.support.tiny_models import save_checkpoint, tiny_config
 from workers.models import facts as facts_module
-from workers.models.facts import check_same_vocabulary, describe
+from workers.models.facts import describe
 
 CPU = torch.device("cpu")
 
@@ -70,29 +70,6 @@ def test_a_description_says_what_the_checkpoint_is(checkpoints):
 def test_positions_include_rope_scaling(checkpoints, rope, wanted):
     folder = checkpoints("llama", rope_parameters=rope | {"rope_theta": 1e4})
     assert facts_of(folder).max_positions == wanted
-
-
-# ---- Vocabularies ----
-
-
-def test_the_same_tokenizer_is_accepted_whatever_the_padding(checkpoints):
-    target, drafter = checkpoints("llama", vocab_size=VOCAB_SIZE + 16), checkpoints("llama")
-    check_same_vocabulary(facts_of(target), facts_of(drafter, "model.drafter"))
-
-
-@pytest.mark.parametrize(
-    ("vocab", "named"),
-    [
-        (tiny_tokenizer(prefix="x"), ["id 0 is 'x0'", "'t0' in the target's"]),
-        (tiny_tokenizer(VOCAB_SIZE - 3), ["id 93 is None there and 't93' in the target's"]),
-        (tiny_tokenizer(VOCAB_SIZE + 1), ["id 96 is 't96' there and None in the target's"]),
-    ],
-    ids=["other texts", "fewer", "more"],
-)
-def test_a_tokenizer_with_other_content_is_refused_by_an_id(checkpoints, tmp_path, vocab, named):
-    drafter = save_checkpoint(tmp_path / "drafter", tiny_config("llama"), tokenizer=vocab)
-    message = message_of(check_same_vocabulary, facts_of(checkpoints("llama")), facts_of(drafter, "model.drafter"))
-    assert all(part in message for part in ["model.drafter", str(drafter), "model.target", "lookup", *named]), message
 
 
 # ---- Places ----

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface
 
-from tests.support.tiny_models import VOCAB_SIZE
+from conf.schema import ConfigError
+from tests.support.tiny_models import VOCAB_SIZE, save_checkpoint, tiny_config
 from tests.unit.workers.models.test_facts import CPU, change_json, facts_of, message_of
 from workers.attention.forward_pass import ATTENTION_NAME, cached_attention
 from workers.models.layer_major import LayerMajor
@@ -29,6 +30,15 @@ def test_files_that_lack_a_weight_are_refused(folder):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     message = message_of(load_model, facts_of(folder), CPU, self_check=True)
     assert "lack 1 of the weights" in message and "model.layers.1.mlp.up_proj.weight" in message
+
+
+@pytest.mark.parametrize("sizes", [{"num_key_value_heads": 8}, {"num_attention_heads": 8, "num_key_value_heads": 3}])
+def test_sizes_with_which_transformers_itself_cannot_compute_are_refused(tmp_path, sizes):
+    facts = facts_of(save_checkpoint(tmp_path / "model", tiny_config("llama", **sizes)))
+    with pytest.raises(ConfigError) as refused:
+        load_model(facts, CPU, self_check=True)
+    message = str(refused.value)
+    assert message.startswith("model.target is ") and "transformers itself cannot compute" in message
 
 
 def test_weights_that_do_not_fit_the_configuration_are_refused(folder):
