@@ -19,7 +19,9 @@ from conf.values import (
     Mode,
     Overlap,
     PromptTask,
+    PromptTemplate,
     require,
+    unescaped,
 )
 
 
@@ -56,7 +58,7 @@ class PromptConfig:
     """
 
     path: str | None = None
-    """A UTF-8 text file; with `dataset`, the folder that has it."""
+    """A UTF-8 text file, any system's line ends in it being newlines; with `dataset`, the folder that has it."""
     text: str | None = None
     """The document itself."""
     max_tokens: int | None = 8192
@@ -70,6 +72,11 @@ class PromptConfig:
     hidden in the document, and whose answer is known."""
     question: str | None = None
     """Question asked after the document with task=question; null: that of narrativeqa's item."""
+    template: PromptTemplate = PromptTemplate.auto
+    """Frame of summary, question and needle: auto: the checkpoint's chat template, if it has one; none: plain words."""
+    special_tokens: bool = False
+    """Special tokens that are written in the document or the question become special tokens, for a file that has a
+    template written in it; else they are plain text."""
     depth: float = 0.5
     """Place of the needle asked for last: 0 is the document's beginning, 1 its end."""
     turns: int = 1
@@ -172,12 +179,19 @@ class GenerationConfig:
     max_new_tokens: int = 256
     """Tokens; fewer if the end of sequence, a stop string or the model's last position comes first."""
     stop: list[str] = field(default_factory=list)
-    """Generation ends before the first of these strings; the text is cut there."""
+    r"""Generation ends before the first of these strings; the text is cut there. In them \n, \t, \r, \\, \", \' and
+    \uXXXX are newline, tab, carriage return, backslash, quotes and a character by its number; any other backslash is
+    one. A string that is a special token of the target, such as <|im_end|>, ends generation before that token."""
     ignore_eos: bool = False
     """Go on past the end-of-sequence token, for measuring."""
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, "generation.max_new_tokens", self.max_new_tokens, ">= 1, for example 256")
-        require(all(self.stop), "generation.stop", self.stop, "a list of non-empty strings")
+        require(all(self.stop_strings), "generation.stop", self.stop, "a list of non-empty strings")
         legal = len(self.stop) <= MAX_STOP_STRINGS
         require(legal, "generation.stop", f"{len(self.stop)} strings", f"at most {MAX_STOP_STRINGS}")
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """`stop` with its escapes read; the key itself keeps what was typed. Raises ConfigError."""
+        return [unescaped("generation.stop", text) for text in self.stop]

@@ -43,9 +43,11 @@ from conf.values import (
     Overlap,
     PlacementKind,
     PromptTask,
+    PromptTemplate,
     RetrievalRuleName,
     parse_auto_count,
     require,
+    unescaped,
 )
 
 __all__ = [
@@ -77,6 +79,7 @@ __all__ = [
     "PlacementKind",
     "PromptConfig",
     "PromptTask",
+    "PromptTemplate",
     "RetrievalCacheConfig",
     "RetrievalRuleName",
     "RunConfig",
@@ -86,6 +89,7 @@ __all__ = [
     "parse_auto_count",
     "require",
     "to_plain",
+    "unescaped",
 ]
 
 

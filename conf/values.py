@@ -1,5 +1,6 @@
 """Legal values of the configuration: words, limits, and the error that refuses others. Standard library only."""
 
+import re
 from enum import StrEnum
 
 AUTO = "auto"
@@ -18,6 +19,10 @@ MAX_AUTO_GAMMA1, MAX_AUTO_GAMMA2 = 8, 64
 MAX_STOP_STRINGS = 64
 MAX_THREADS = 1024
 MAX_TURNS = 20
+
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"', "'": "'"}
+"""What a backslash and a letter stand for in a text that has escapes."""
+ESCAPE = re.compile(r"\\((?:u[0-9a-fA-F]{4}\\)?u[0-9a-fA-F]{4}|.)", re.DOTALL)
 
 
 class ConfigError(ValueError):
@@ -81,6 +86,13 @@ class PromptTask(StrEnum):
     needle = "needle"
 
 
+class PromptTemplate(StrEnum):
+    """Frame around a document and what is asked of it."""
+
+    auto = "auto"
+    none = "none"
+
+
 class RetrievalRuleName(StrEnum):
     """Rules by which the chunks of the retrieval cache are chosen; see tiers.retrieval.rule, which finds the class."""
 
@@ -132,3 +144,21 @@ def parse_auto_count(key: str, value: str, words: tuple[str, ...], minimum: int 
     is_number = value.isascii() and value.isdigit() and int(value) >= minimum
     require(is_number, key, value, f"{', '.join(words)} or an integer >= {minimum}")
     return int(value)
+
+
+def unescaped(key: str, text: str) -> str:
+    r"""The text with its escapes read: \n, \t, \r, \\, \", \' and \uXXXX, as JSON has it; other backslashes stay.
+
+    Raises ConfigError for a \uXXXX that is no character.
+    """
+
+    def meaning(match: re.Match[str]) -> str:
+        escape = match.group(1)
+        if len(escape) == 1:
+            return ESCAPES.get(escape, match.group())
+        try:  # two of them may be the halves of a character beyond the first 65,536
+            return bytes.fromhex(escape.replace("\\", "").replace("u", "")).decode("utf-16-be")
+        except UnicodeDecodeError:
+            raise ConfigError(f"{key} has {match.group()!r}; it must be a character, as \\u00e9 is") from None
+
+    return ESCAPE.sub(meaning, text)

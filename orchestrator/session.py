@@ -43,6 +43,8 @@ class Session:
             self.finish_reason = self._reason_to_end(token)
             if self.is_finished:
                 self.text_stream.close()
+                # What was held back, such as a character that stays unfinished, may complete a stop string.
+                self.finish_reason = STOP if self.text_stream.is_stopped else self.finish_reason
                 return tokens[:count]
         return tokens
 

@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
+
+UNFINISHED = "\ufffd"
+CONTEXT_TOKENS = 16
+"""Tokens before the text that are looked at: more than a character, and the space before it, can be made of."""
+
+MAX_HELD_TOKENS = 256
+"""Of a run of single bytes no more are held back: a model that repeats one for ever is seen to do so."""
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class TokenKinds:
+    """Ids of a vocabulary that are not just a piece of text."""
+
+    hidden: Set[int] = frozenset()
+    """Special tokens, which leave no trace in the text."""
+    single_bytes: Set[int] = frozenset()
+    """Tokens of one byte that a decoder reads in runs: a byte that follows may change the text of those before."""
 
 
 class TextStream:
-    """The text of a growing list of token ids, in linear time."""
+    """The text of a growing list of token ids, in linear time: that of decoding them all at once.
 
-    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()):
-        self._decode, self._stop = decode, stop
-        self._ids: list[int] = []
-        # ids[_settled:_read] are decoded again with what follows: some tokenizers treat a first token specially.
-        self._settled = self._read = 0
+    `decode` leaves out the tokens that `kinds` calls hidden. `stop` are texts, and `stop_ids` tokens, before which the
+    text ends. With `after`, tokens that come before the text, it is their continuation; else it is decoded as a
+    beginning, where some tokenizers drop a space.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        stop: Sequence[str] = (),
+        *,
+        stop_ids: Set[int] = frozenset(),
+        kinds: TokenKinds | None = None,
+        after: Sequence[int] = (),
+    ):
+        self._decode, self._stop, self._stop_ids = decode, stop, stop_ids
+        self._kinds = kinds or TokenKinds()
+        # ids[_settled:_read] are decoded again with what follows, so that what follows is no beginning to the decoder:
+        # these always leave some text, unless there is none at all.
+        self._ids = [token for token in after if token not in self._kinds.hidden][-CONTEXT_TOKENS:]
+        self._settled, self._read = 0, len(self._ids)
         self._text, self.is_stopped = "", False
         # Where the text of each token ends in _text. A token that completes a character owns all of it.
         self._ends: list[int] = []
@@ -20,8 +53,12 @@ class TextStream:
 
     def push(self, token: int) -> None:
         """Adds a token; `is_stopped` is set once a stop string is complete, and the text ends before it."""
-        self._ids.append(token)
-        self._take(may_be_unfinished=True)
+        if token in self._stop_ids:
+            self._take(may_be_unfinished=False)
+            self.is_stopped = True
+        elif token not in self._kinds.hidden:
+            self._ids.append(token)
+            self._take(may_be_unfinished=True)
         self._ends.append(len(self._text))
 
     def close(self) -> None:
@@ -32,20 +69,29 @@ class TextStream:
             self._ends[-1] = len(self._text)
 
     def _take(self, *, may_be_unfinished: bool) -> None:
-        if self.is_stopped:
+        if self.is_stopped or self._read == len(self._ids):
             return
         known = self._decode(self._ids[self._settled : self._read])
         extended = self._decode(self._ids[self._settled :])
-        if may_be_unfinished and extended.endswith("\ufffd"):
+        if may_be_unfinished and extended.endswith(UNFINISHED):
             return
-        self._settled, self._read = self._read, len(self._ids)
-        new = extended[len(known) :]
+        # What comes before the text may end within a character, which is then the text's.
+        while not extended.startswith(known):
+            known = known[:-1]
+        text = self._text + extended[len(known) :]
         longest_stop = max(map(len, self._stop), default=0)
         search_from = max(0, len(self._text) - longest_stop + 1)
-        self._text += new
-        found = [at for at in (self._text.find(stop, search_from) for stop in self._stop) if at >= 0]
+        found = [at for at in (text.find(stop, search_from) for stop in self._stop) if at >= 0]
         if found:
-            self._text, self.is_stopped = self._text[: min(found)], True
+            self._text, self.is_stopped = text[: min(found)], True
+        elif not (may_be_unfinished and self._may_change()):
+            if len(extended) > len(known):
+                self._settled = self._read
+            self._text, self._read = text, len(self._ids)
+
+    def _may_change(self) -> bool:
+        """Whether a token that follows may change the text of what was not taken yet."""
+        return self._ids[-1] in self._kinds.single_bytes and len(self._ids) - self._read < MAX_HELD_TOKENS
 
     @property
     def text(self) -> str:

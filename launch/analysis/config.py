@@ -12,8 +12,8 @@ from hydra.core.config_store import ConfigStore
 from conf.model_source import model_source
 from conf.schema import ConfigError, ModelConfig, PlacementConfig, PromptConfig, SamplingConfig, require
 from launch.assembly.start_checks import check_folder
+from launch.prompts.document import check_document
 from launch.prompts.needle import NeedleForm
-from launch.prompts.prompt import check_prompt
 
 STANDARD_LIBRARY = "standard library"
 """Name of the document that is read where none is given."""
@@ -96,7 +96,7 @@ def check_start(config: AnalyzeConfig) -> None:
     model_source("model.target", config.model.target)
     for name, document in config.named_documents.items():
         with said_of_document(name):
-            check_prompt(document)
+            check_document(document)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from conf.schema import ConfigError
+from launch.prompts.encoder import Encoder
 from launch.prompts.needle import Fact, NeedleForm, plant
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def make_needle_prompt(
     """
     around = [_around(tokenizer, form, fact) for fact in facts]
     asked = [_encode(tokenizer, question + fact.answer) for (_, question), fact in zip(around, facts, strict=True)]
-    before, _ = _encode(tokenizer, around[0][0])
+    # A template has its own beginning of sequence.
+    before = _encode(tokenizer, around[0][0])[0] or Encoder(tokenizer).beginning
     num_taken = sum(len(_encode(tokenizer, fact.text)[0]) + SPARE_TOKENS for fact in facts)
     num_taken += max(len(ids) for ids, _ in asked) + len(before)
     if max_tokens < 2 * num_taken:
@@ -64,8 +66,8 @@ def make_needle_prompt(
     _, ends = _encode(tokenizer, filler)
     num_kept = max_tokens - num_taken
     haystack = plant(filler[: ends[num_kept - 1]] if len(ends) > num_kept else filler, facts, depths)
-    # A template has its own beginning of sequence; and special tokens written in the text are plain text.
-    text, ends = _encode(tokenizer, haystack.text, add_special_tokens=not before, split_special_tokens=True)
+    # Special tokens written in the text are plain text.
+    text, ends = _encode(tokenizer, haystack.text, split_special_tokens=True)
     tokens, questions = before + text, []
     for fact, start, (_, question), (ids, id_ends) in zip(facts, haystack.starts, around, asked, strict=True):
         begin = len(before) + _num_ending_by(ends, start)
@@ -89,9 +91,8 @@ def _around(tokenizer: PreTrainedTokenizerBase, form: NeedleForm, fact: Fact) ->
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> tuple[list[int], list[int]]:
-    """Token ids, special ones only if asked for, and at which character each ends."""
-    options = {"add_special_tokens": False} | options
-    encoding = tokenizer(text, return_offsets_mapping=True, verbose=False, **options)
+    """Token ids, none that the tokenizer adds, and at which character each ends."""
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False, **options)
     return encoding["input_ids"], [end for _, end in encoding["offset_mapping"]]
 
 

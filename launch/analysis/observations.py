@@ -16,8 +16,9 @@ from launch.analysis.draft_comparison import ComparisonConfig, DraftCache, Draft
 from launch.analysis.needle_prompt import NeedlePrompt, Question, make_needle_prompt
 from launch.analysis.summary import Tables
 from launch.assembly.prepare import prepare
+from launch.prompts.document import read_text
 from launch.prompts.needle import NeedleForm, make_facts
-from launch.prompts.prompt import read_prompt, read_text
+from launch.prompts.prompt import read_prompt
 from tiers.device_tier import DeviceTier
 from workers.acceptance import KeyedRandom
 from workers.models.loading import load_model

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Protocol
 
 from conf.schema import AUTO, ConfigError, RunConfig
+from launch.assembly.generated_text import make_text_stream
 from launch.assembly.prepare import Prepared
 from launch.assembly.role_builder import RoleBuilder, disk_folder
 from launch.assembly.sizing import (
@@ -31,7 +31,6 @@ from orchestrator.pace import AdaptivePace
 from orchestrator.rebuild_policy import RebuildPolicy
 from orchestrator.roles import DrafterRole, RetrieverRole, VerifierRole
 from orchestrator.session import Session
-from orchestrator.text_stream import TextStream
 from tiers.errors import OutOfTierMemoryError
 from tiers.planning.memory import (
     device_free_bytes,
@@ -209,11 +208,10 @@ def make_hierarchy(
 
 def _make_session(task: Task) -> Session:
     prepared, generation = task.prepared, task.config.generation
-    decode = partial(prepared.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Session(
         prompt=task.prompt_ids,
         max_new_tokens=task.max_new_tokens,
-        text_stream=TextStream(decode, generation.stop),
+        text_stream=make_text_stream(task),
         eos_ids=frozenset() if generation.ignore_eos else prepared.eos_ids,
     )
 

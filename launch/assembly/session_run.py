@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 
 from conf.schema import ConfigError, RunConfig
+from launch.prompts.document import is_built_in
+from launch.prompts.prompt import Prompt
 from orchestrator.metrics import Metrics
 from orchestrator.round import Round
 
@@ -37,6 +39,25 @@ def fit_to_model(config: RunConfig, num_prompt: int, max_positions: int, note: C
             f"the prompt takes {num_prompt}"
         )
     return min(wanted, room)
+
+
+def note_of_cut(config: RunConfig, prompt: Prompt, max_positions: int) -> str | None:
+    """A line on what of the document was left out, and how more of it is read; None where nothing was.
+
+    The built-in document is there to be cut, and has no such line.
+    """
+    if not prompt.is_cut or is_built_in(config.prompt):
+        return None
+    at_least = "" if prompt.is_counted else "at least "
+    line = f"prompt: {prompt.num_read:,} of {at_least}{prompt.num_document:,} tokens read"
+    line += f" (prompt.max_tokens={config.prompt.max_tokens or 'null'}"
+    num_missing = prompt.num_document - prompt.num_read
+    most = max_positions - config.generation.max_new_tokens + 1
+    if prompt.is_counted and len(prompt.ids) + num_missing <= most:
+        return f"{line}; null reads all)"
+    if most > len(prompt.ids):
+        return f"{line}; {most} reads as much as the model has positions for)"
+    return f"{line}; the model has positions for no more)"
 
 
 def make_metrics(config: RunConfig) -> Metrics:

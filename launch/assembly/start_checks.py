@@ -8,7 +8,7 @@ from pathlib import Path
 
 from conf.model_source import model_source
 from conf.schema import LOOKUP_DRAFTER, NO_DRAFTER, ConfigError, RunConfig
-from launch.prompts.prompt import check_prompt
+from launch.prompts.document import check_document
 from orchestrator.placement import place
 
 
@@ -21,7 +21,7 @@ def check_start(config: RunConfig, num_processes: int | None = None) -> None:
     check_folder("output", config.output, "outputs/run")
     if config.tiers.disk.folder is not None:
         check_folder("tiers.disk.folder", config.tiers.disk.folder, "outputs/disk")
-    check_prompt(config.prompt)
+    check_document(config.prompt)
     model_source("model.target", config.model.target)
     if config.model.drafter not in (LOOKUP_DRAFTER, NO_DRAFTER):
         model_source("model.drafter", config.model.drafter)

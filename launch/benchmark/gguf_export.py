@@ -14,6 +14,7 @@ import torch
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from conf.schema import ConfigError
+from launch.prompts.encoder import Encoder
 
 ARCHITECTURE = "llama"
 LAYER_NAMES = {
@@ -143,7 +144,7 @@ def _add_tokenizer(writer: Any, gguf: Any, tokenizer: PreTrainedTokenizerBase, v
         if token_id is not None:
             add(token_id)
     writer.add_add_bos_token(
-        tokenizer.bos_token_id is not None and tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
+        tokenizer.bos_token_id is not None and Encoder(tokenizer).beginning == [tokenizer.bos_token_id]
     )
 
 

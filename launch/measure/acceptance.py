@@ -46,6 +46,7 @@ from launch.command_line.outcome import ExitCode
 from launch.command_line.overrides import compose_program
 from launch.command_line.program import program
 from launch.command_line.tables import markdown_table, write_atomically
+from launch.prompts.encoder import Encoder
 from tiers.device_tier import DeviceTier
 from tiers.streaming_llm_cache import StreamingLLMCache
 from workers.acceptance import KeyedRandom, distribution
@@ -250,11 +251,12 @@ def measure(settings: MeasureAcceptanceConfig) -> None:
     target, drafter = (
         load_model(facts, prepared.device, self_check=False) for facts in (prepared.target, prepared.drafter)
     )
+    encoder = Encoder(prepared.tokenizer)
     output.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     with (output / "rows.jsonl").open("w") as file:
         for name, text in texts.items():
-            ids = prepared.tokenizer(text)["input_ids"]
+            ids = encoder.beginning + encoder.encode(text, continues=False)
             for context in settings.contexts:
                 result = Measurement(settings, prepared, target, drafter, context).run(ids[:context], seed=context)
                 for (kind, budget), entry in result.items():

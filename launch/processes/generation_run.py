@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.schema import PlacementKind, RunConfig, to_plain
-from launch.assembly.session_run import fit_to_model, make_metrics, make_seed, take_round
+from launch.assembly.session_run import fit_to_model, make_metrics, make_seed, note_of_cut, take_round
 from launch.assembly.start_checks import world_size
 from launch.assembly.task import Task
 from launch.command_line.interruption import Interruption
 from launch.command_line.outcome import ExitCode
-from launch.prompts.prompt import read_prompt, read_workload
+from launch.prompts.prompt import Prompt, make_prompt, read_workload
 from orchestrator.display import Display
 from orchestrator.metrics import Metrics
 from orchestrator.placement import place
@@ -24,6 +24,7 @@ from orchestrator.session import Session
 
 if TYPE_CHECKING:
     from launch.assembly.engine import Engine
+    from launch.assembly.generated_text import Stops
     from launch.processes.company import Company
 
 INTERRUPTED = "interrupted"
@@ -40,7 +41,10 @@ class GenerationRun:
     interruption: Interruption
     phase: str = "prepare"
     seed: int = 0
-    prompt_ids: list[int] = field(default_factory=list)
+    prompt: Prompt | None = None
+    """None until it has been read."""
+    stops: Stops | None = None
+    """The stop strings as the target's tokenizer has them; None until that is known."""
     expected_answers: list[str] = field(default_factory=list)
     """Answers that a prompt of a known workload asks for."""
     drafter_vocabulary: dict[str, float] | None = None
@@ -74,6 +78,7 @@ class GenerationRun:
                 self.company.close(at_once=code != ExitCode.done)
 
     def _load(self) -> Engine:
+        from launch.assembly.generated_text import make_stops
         from launch.assembly.prepare import prepare  # and torch with it, which takes seconds
 
         company = self._gather_company()
@@ -82,14 +87,20 @@ class GenerationRun:
         if prepared.vocabulary is not None:
             self.drafter_vocabulary = prepared.vocabulary.report()
         self.phase = "prompt"
-        self.prompt_ids = read_prompt(self.config.prompt, prepared.tokenizer, at_most=4 * prepared.max_positions)
+        prompt = self.prompt = make_prompt(self.config.prompt, prepared.tokenizer, at_most=4 * prepared.max_positions)
         self.expected_answers = list(read_workload(self.config.prompt).answers)
-        max_new_tokens = fit_to_model(self.config, len(self.prompt_ids), prepared.max_positions, self.display.note)
+        max_new_tokens = fit_to_model(self.config, len(prompt.ids), prepared.max_positions, self.display.note)
+        self.stops = make_stops(self.config.generation.stop_strings, prepared.tokenizer)
+        for line in (note_of_cut(self.config, prompt, prepared.max_positions), prompt.frame.note):
+            if line is not None:
+                self.display.note(line)
+        for text, note in self.stops.notes.items():
+            self.display.note(f"generation.stop has {text!r}: {note}")
         self.phase = "load"
         task = Task(
             config=self.config,
             prepared=prepared,
-            prompt_ids=self.prompt_ids,
+            prompt_ids=prompt.ids,
             max_new_tokens=max_new_tokens,
             seed=self.seed,
         )
@@ -113,7 +124,7 @@ class GenerationRun:
     def _generate(self, engine: Engine, report: Report) -> None:
         hierarchy = engine.hierarchy
         self.phase = "prefill"
-        num_tokens = len(self.prompt_ids)
+        num_tokens = len(hierarchy.session.prompt)
         engine.on_prefill_progress(lambda done, total: self.display.reading(num_tokens, done / total))
         self.display.reading(num_tokens, 0.0)
         self._take_round(hierarchy.start, hierarchy.session, report)
@@ -144,9 +155,11 @@ class GenerationRun:
     def _result(self, session: Session | None) -> dict[str, Any]:
         engine = self.engine
         return {
-            "prompt_tokens": len(self.prompt_ids),
+            "prompt_tokens": len(self.prompt.ids) if self.prompt else 0,
+            "prompt": self.prompt.to_plain() if self.prompt else {},
             "token_ids": list(session.generated) if session else [],
             "text": session.text if session else "",
+            "stops": self.stops.to_plain() if self.stops else [],
             "expected_answers": self.expected_answers,
             "finish_reason": session.finish_reason if session and session.is_finished else INTERRUPTED,
             "seed": self.seed,

@@ -149,6 +149,25 @@ def test_a_count_is_ascii_digits(text):
         parse_auto_count("some.key", text, ("auto",))
 
 
+@pytest.mark.parametrize(
+    ("typed", "text"),
+    [
+        (r"\n", "\n"), (r"\n\n", "\n\n"), (r"a\tb\r", "a\tb\r"), ("\n", "\n"), (r"\\n", r"\n"), ("\\\\\\n", "\\\n"),
+        (r"\"\'", "\"'"), (r"\u00e9\u00E8", "éè"), (r"\ud83d\ude00", "😀"), (r"a\end{x}", r"a\end{x}"),
+        (r"\usepackage", r"\usepackage"), (r"\u12", r"\u12"), ("\\", "\\"), ("###", "###"),
+    ],
+)  # fmt: skip
+def test_escapes_in_stop_strings_are_read_and_the_key_keeps_what_was_typed(typed, text):
+    config = GenerationConfig(stop=[typed])
+    assert config.stop_strings == [text] and config.stop == [typed]
+    assert GenerationConfig(**to_plain(config)).stop_strings == [text]
+
+
+def test_an_escape_that_is_half_a_character_is_refused():
+    with pytest.raises(ConfigError, match=r"generation.stop has '\\\\ud83d'; it must be a character"):
+        GenerationConfig(stop=[r"\ud83d"])
+
+
 def test_the_whole_configuration_becomes_json():
     plain = to_plain(RunConfig())
     assert json.loads(json.dumps(plain)) == plain

@@ -250,13 +250,41 @@ def test_what_the_engine_refuses_is_a_message_too(engines, capfd):
     assert capfd.readouterr().err == f"tierforce: {engines.build_error}\n"
 
 
+def test_a_document_that_is_cut_is_told_on_the_terminal_and_in_the_result(engines, capfd):
+    Path("book.txt").write_bytes(b"It rained.\r\n" * 100)
+    assert run.main(["output=o", "prompt.path=book.txt", "prompt.max_tokens=9", "generation.max_new_tokens=6"]) == 0
+    positions = f"{MAX_POSITIONS - 5} reads as much as the model has positions for"
+    assert f"prompt: 9 of 1,100 tokens read (prompt.max_tokens=9; {positions})" in capfd.readouterr().out
+    assert result_of()["prompt"] == {
+        "tokens_read": 9,
+        "document_tokens": 1100,
+        "document_tokens_are_exact": True,
+        "is_cut": True,
+        "frame": "nothing",
+    }
+
+
+def test_the_frame_and_doubtful_stops_are_told_on_the_terminal_and_in_the_result(engines, capfd, monkeypatch):
+    argv = ["prompt.text=hello", "prompt.task=summary", "prompt.max_tokens=null", "generation.max_new_tokens=4"]
+    monkeypatch.setattr(sys.modules[__name__], "MAX_POSITIONS", 1000)
+    assert run.main(["output=o", *argv, 'generation.stop=["<|im_end|>", "\\n"]']) == 0
+    out, result = capfd.readouterr().out, result_of()
+    assert "plain USER/ASSISTANT frame, for the checkpoint has no chat template" in out
+    assert "tokens read (" not in out and result["prompt"]["frame"] == "plain"
+    assert "generation.stop has '<|im_end|>': it is no token of model.target" in out
+    assert [(stop["text"], stop["token_id"], bool(stop["note"])) for stop in result["stops"]] == [
+        ("<|im_end|>", None, True),
+        ("\n", None, False),
+    ]
+
+
 def test_a_run_writes_the_contract(engines, capfd):
     argv = ["output=o", "prompt.text=hello", "generation.max_new_tokens=6", "sampling.seed=7", "decoding.gamma2=3"]
     assert run.main(argv) == 0
     result = result_of()
     assert set(result) >= {
-        "prompt_tokens", "token_ids", "text", "finish_reason", "seed", "config", "timing", "speculation", "memory",
-        "streaming", "versions",
+        "prompt_tokens", "prompt", "stops", "token_ids", "text", "finish_reason", "seed", "config", "timing",
+        "speculation", "memory", "streaming", "versions",
     }  # fmt: skip
     assert (result["prompt_tokens"], result["text"], result["finish_reason"]) == (5, "ababab", "length")
     assert result["seed"] == 7 and result["config"]["decoding"]["gamma2"] == 3 and result["config"]["output"] == "o"

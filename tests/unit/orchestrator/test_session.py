@@ -102,6 +102,22 @@ def test_a_character_left_unfinished_is_shown_at_the_end():
     assert session.text == "x\ufffd"
 
 
+def test_a_stop_string_before_a_character_left_unfinished_is_the_reason():
+    stream = TextStream(
+        lambda ids: b"".join([b"ab", b"c\xe2"][token] for token in ids).decode(errors="replace"), ["bc"]
+    )
+    session = Session(prompt=[1], max_new_tokens=2, text_stream=stream)
+    session.commit([0, 1])
+    assert (session.finish_reason, session.text) == ("stop", "a")
+
+
+def test_a_stop_token_ends_generation_before_it_and_comes_before_the_end_of_sequence():
+    stream = TextStream(letters, ["xyz"], stop_ids={3})
+    session = Session(prompt=[5], max_new_tokens=9, text_stream=stream, eos_ids=frozenset({3}))
+    assert session.commit([1, 2, 3, 4]) == [1, 2, 3]
+    assert (session.finish_reason, session.text) == ("stop", "ab")
+
+
 def test_a_commit_after_the_end_is_refused():
     session = make_session(1)
     session.commit([1])

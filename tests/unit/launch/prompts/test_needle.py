@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from conf.schema import ConfigError
 from launch.analysis.needle_prompt import make_needle_prompt
 from launch.prompts.needle import NeedleForm, make_facts, plant
+from tests.support import tiny_tokenizers
 
 ROOT = Path(__file__).resolve().parents[4]
 FILLER = "".join(f"Line {i}: the quick brown fox, number {i * i}.\n" for i in range(400))
@@ -79,6 +80,22 @@ def test_tokens_of_a_fact_are_where_the_question_says(tokenizer, form, template)
     is_chat = form == NeedleForm.question and template is not None
     assert text.startswith("<user>" if is_chat else "<s>")
     assert asked.endswith("</user><bot>") == is_chat
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_a_text_with_facts_has_no_end_of_sequence(template):
+    tokens = []
+    for adds_end in (False, True):
+        tokenizer = tiny_tokenizers.byte_level(adds_end=adds_end)
+        tokenizer.chat_template = template
+        facts = make_facts(NeedleForm.question, 2, seed=0)
+        prompt = make_needle_prompt(tokenizer, FILLER, NeedleForm.question, facts, [0.3, 0.9], 2000)
+        tokens.append(prompt.tokens)
+        assert tokenizer.eos_token_id not in prompt.tokens
+        for fact, question in zip(facts, prompt.questions, strict=True):
+            assert fact.text.strip() in tokenizer.decode(prompt.tokens[question.fact_begin : question.fact_end])
+    assert tokens[0] == tokens[1]
+    assert (tokens[0][0] == tokenizer.bos_token_id) == (template is None)
 
 
 def test_a_context_without_room_for_the_facts_is_refused(tokenizer):

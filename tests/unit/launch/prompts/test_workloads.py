@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from conf.schema import ConfigError, Dataset, PromptConfig, PromptTask
-from launch.prompts.prompt import check_prompt, read_prompt, read_workload
+from launch.prompts import published_texts
+from launch.prompts.document import check_document
+from launch.prompts.prompt import read_prompt, read_workload
 from launch.prompts.published_texts import HUB
 from tests.unit.launch.prompts.test_prompt import BOS, WORDS
 
@@ -104,6 +106,14 @@ def test_books_are_read_in_sorted_order(books):
     assert text_of(dataset=Dataset.pg19, path=str(books), item=1, max_tokens=50).startswith("Book 20. It rained")
 
 
+def test_line_ends_of_a_data_set_are_newlines(books):
+    path = books / "test" / "10.txt"
+    before = text_of(dataset=Dataset.pg19, path=str(books), max_tokens=50)
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    published_texts.read_item.cache_clear()
+    assert text_of(dataset=Dataset.pg19, path=str(books), max_tokens=50) == before
+
+
 def test_a_story_comes_with_its_question_and_answers(stories):
     config = PromptConfig(dataset=Dataset.narrativeqa, path=str(stories), task=PromptTask.question, max_tokens=400)
     assert "What was the weather?\n\nASSISTANT: " in WORDS.decode(read_prompt(config, WORDS))
@@ -123,7 +133,7 @@ def test_a_story_comes_with_its_question_and_answers(stories):
 )
 def test_a_data_set_that_is_not_there_is_refused(books, stories, dataset, config, words):
     config = PromptConfig(**{"path": str(books), "dataset": dataset} | config)
-    for reader in (check_prompt, lambda config: read_prompt(config, WORDS)):
+    for reader in (check_document, lambda config: read_prompt(config, WORDS)):
         with pytest.raises(ConfigError) as caught:
             reader(config)
         assert all(word in str(caught.value) for word in words)
@@ -132,7 +142,7 @@ def test_a_data_set_that_is_not_there_is_refused(books, stories, dataset, config
 def test_without_the_package_the_hub_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"package datasets: pip install 'tierforce\[data\]', or set prompt.path"):
-        check_prompt(PromptConfig(dataset=Dataset.pg19))
+        check_document(PromptConfig(dataset=Dataset.pg19))
 
 
 @pytest.mark.parametrize("dataset", list(Dataset))
@@ -151,14 +161,14 @@ def test_a_folder_laid_out_as_on_the_hub_is_read(tmp_path, dataset):
         asked = PromptConfig(dataset=dataset, path=str(tmp_path), task=PromptTask.question)
         assert read_workload(asked).answers == ("Rain", "It rained")
     with pytest.raises(ConfigError, match="prompt.item is 2"):
-        check_prompt(PromptConfig(dataset=dataset, path=str(tmp_path), item=2))
+        check_document(PromptConfig(dataset=dataset, path=str(tmp_path), item=2))
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     pytest.importorskip("datasets", reason="Requires: datasets")
     (tmp_path / "rows.jsonl").write_text('{"title": "A book"}')
     with pytest.raises(ConfigError, match=f"whose columns are title; it must have those of {HUB[Dataset.pg19]}"):
-        check_prompt(PromptConfig(dataset=Dataset.pg19, path=str(tmp_path)))
+        check_document(PromptConfig(dataset=Dataset.pg19, path=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
