@@ -106,7 +106,8 @@ class RunConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     output: str = "outputs/run"
-    """Folder of the run: result.json, rounds.jsonl, Hydra's record of the configuration."""
+    """Folder of the run: result.json, rounds.jsonl, Hydra's record of the configuration. It is the run's alone while it
+    runs: where another run is at work it is refused. What an earlier run left there is replaced."""
 
     @property
     def uses_drafter(self) -> bool:

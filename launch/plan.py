@@ -9,6 +9,7 @@ or a bad configuration.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -21,7 +22,7 @@ from launch.forecast.machine import measured
 from launch.forecast.table import show
 
 
-@program
+@partial(program, prints_result=True)
 def main(argv: list[str]) -> int:
     """The program."""
     config = read_plan_config(argv)

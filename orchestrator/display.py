@@ -100,7 +100,9 @@ class Display:
 
     def add_text(self, pieces: list[tuple[int, str]]) -> None:
         for token, text in pieces:
-            self._line.append(harmless(text), style=STYLES[self._owners[token]])
+            # Of a round that was broken off nobody told who proposed its tokens.
+            owner = self._owners[token] if token < len(self._owners) else TARGET
+            self._line.append(harmless(text), style=STYLES[owner])
         self._print_finished_lines()
 
     def finish(self, result: dict[str, Any], path: str) -> None:

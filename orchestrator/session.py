@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from orchestrator.text_stream import TextStream
 
 EOS, STOP, LENGTH = "eos", "stop", "length"
+INTERRUPTED, FAILED = "interrupted", "failed"
+"""Reasons that a run has, not its session: it ended before its text did."""
 
 
 @dataclass(kw_only=True)

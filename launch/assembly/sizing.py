@@ -90,7 +90,8 @@ def budgets(config: RunConfig, num_prompt_tokens: int) -> tuple[int, ...]:
 def with_known_budget(config: Config, num_prompt_tokens: int, notes: list[str]) -> Config:
     """`config` with the retrieval budget that memory is planned for, in tokens; `notes` is told where it differs.
 
-    That is the configured one, cut to the prompt; of `auto` the most that it may choose.
+    That is the configured one, cut to the prompt; of `auto` the most that it may choose. That the default is more than
+    a short prompt needs no line.
     """
     possible = budgets(config, num_prompt_tokens)
     if not possible:
@@ -98,7 +99,7 @@ def with_known_budget(config: Config, num_prompt_tokens: int, notes: list[str]) 
     retrieval, most = config.cache.retrieval, possible[-1]
     if isinstance(retrieval.budget, str):
         notes.append(f"cache.retrieval.budget=auto: at most {most}")
-    elif retrieval.budget > most:
+    elif retrieval.budget > most and retrieval.budget != type(retrieval)().budget:
         notes.append(f"cache.retrieval.budget={retrieval.budget} is more than the prompt: cut to {most}")
     return replace(config, cache=replace(config.cache, retrieval=replace(retrieval, budget=most)))
 

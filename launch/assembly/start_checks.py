@@ -11,6 +11,8 @@ from conf.schema import LOOKUP_DRAFTER, NO_DRAFTER, ConfigError, RunConfig
 from launch.prompts.document import check_document
 from orchestrator.placement import place
 
+MAX_SHOWN_CHARS = 200
+
 
 def check_start(config: RunConfig, num_processes: int | None = None) -> None:
     """Raises ConfigError where the placement, the folders, the prompt or the models' names cannot be right.
@@ -37,15 +39,30 @@ def check_folder(key: str, folder: str, example: str) -> None:
 
     `key` is where the user named it, `example` a folder that would do.
     """
-    example = f"a folder that can be written, for example {example}"
     if not folder or "\0" in folder:
-        raise ConfigError(f"{key} is {folder!r}; it must be {example}")
+        raise ConfigError(f"{key} is {folder!r}; it must be a folder that can be written, for example {example}")
     nearest = Path(folder).absolute()
+    missing: list[str] = []
     try:
-        while not nearest.exists():
+        # os.path.lexists, and not exists: a link to what is not there is in the way of a folder.
+        while not os.path.lexists(nearest):
+            missing.append(nearest.name)
             nearest = nearest.parent
-        tempfile.TemporaryDirectory(dir=nearest).cleanup()
+        with tempfile.TemporaryDirectory(dir=nearest) as trial:
+            # A name alone may be one that the file system does not take.
+            for name in missing:
+                Path(trial, name).mkdir(exist_ok=True)
     except OSError as error:
-        raise ConfigError(
-            f"{key} is {folder!r}, but {nearest} cannot be written ({error.strerror}); it must be {example}"
-        ) from None
+        raise unwritable(key, folder, error, example, nearest) from None
+
+
+def unwritable(key: str, folder: str, error: OSError, example: str, where: Path | None = None) -> ConfigError:
+    """The refusal of a folder that cannot be made or written; `where` is what is in the way, if it is known."""
+    nearest = where or Path(error.filename or folder)
+    reason = error.strerror or str(error)
+    if os.path.islink(nearest) and not os.path.exists(nearest):  # of any length, which Path's own refuse to look at
+        reason = f"a link to {os.readlink(nearest)}, which is not there"
+    return ConfigError(
+        f"{key} is {folder[:MAX_SHOWN_CHARS]!r}, but {str(nearest)[:MAX_SHOWN_CHARS]} cannot be written ({reason}); "
+        f"it must be a folder that can be written, for example {example}"
+    )

@@ -1,10 +1,19 @@
-"""Ctrl-C and SIGTERM: how they end a run in good order."""
+"""Ctrl-C, SIGTERM and SIGHUP: how they end a run in good order."""
 
 from __future__ import annotations
 
 import signal
 import time
 from types import FrameType
+
+
+def ending_signals() -> list[signal.Signals]:
+    """The signals that are to end a run.
+
+    SIGHUP, which says that the terminal is gone, is none of them where it is ignored already: so nohup wants it.
+    """
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hangs_up else [])]
 
 
 class Interruption:
@@ -27,7 +36,7 @@ class Interruption:
         self._first_at = 0.0
 
     def __enter__(self) -> Interruption:
-        self._earlier = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._earlier = {number: signal.signal(number, self._on_signal) for number in ending_signals()}
         return self
 
     def __exit__(self, *error: object) -> None:

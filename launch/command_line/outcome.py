@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 import traceback
+from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from orchestrator.placement import DRAFTER_ROLE, RETRIEVER_ROLE, VERIFIER_ROLE
 
 FAILURE_LOG = "failure.log"
 """File in a run's folder with the traceback of its failure."""
+TORCHRUN_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 ROLE_OF_FILE = {
     "drafter.py": DRAFTER_ROLE,
     "lookup_drafter.py": DRAFTER_ROLE,
@@ -32,12 +36,12 @@ class ExitCode(IntEnum):
     refused = 2
     """A bad configuration or input."""
     interrupted = 130
-    """Ctrl-C or SIGTERM, as shells report it."""
+    """Ctrl-C, SIGTERM or SIGHUP, as shells report a Ctrl-C."""
 
 
 def refuse(error: ConfigError) -> ExitCode:
     """Prints the refusal's message on standard error."""
-    print(f"tierforce: {error}", file=sys.stderr, flush=True)
+    _say(str(error))
     return ExitCode.refused
 
 
@@ -50,8 +54,20 @@ def fail(error: Exception, phase: str, folder: Path) -> ExitCode:
     role, rank = (error.role, error.rank) if isinstance(error, RunFailedError) else (role_of(error), 0)
     where = f"phase {phase}, role {role}, rank {rank}"
     log = write_traceback(error, folder / FAILURE_LOG)
-    print(f"tierforce: failed in {where}: {type(root).__name__}: {reason} ({log})", file=sys.stderr, flush=True)
+    _say(f"failed in {where}: {type(root).__name__}: {reason} ({log})")
     return ExitCode.failed
+
+
+def _say(line: str) -> None:
+    """Why the program ends: on standard error, and to torchrun, whose report then says the same and no riddles.
+
+    torchrun reads a file that it names in the environment, as torch.distributed's `record` writes it.
+    """
+    print(f"tierforce: {line}", file=sys.stderr, flush=True)
+    if path := os.environ.get(TORCHRUN_ERROR_FILE):
+        told = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with suppress(OSError):  # torchrun's report is then as it is of any program
+            Path(path).write_text(json.dumps(told), encoding="utf-8")
 
 
 def write_traceback(error: Exception, path: Path) -> str:
@@ -60,7 +76,13 @@ def write_traceback(error: Exception, path: Path) -> str:
         path.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="backslashreplace")
     except OSError as failure:
         return f"no traceback written: {failure.strerror}"
-    return f"traceback: {os.path.relpath(path)}"
+    return f"traceback: {as_typed(path)}"
+
+
+def as_typed(path: Path) -> str:
+    """A path as one would type it here: relative where it is below the current folder, else absolute."""
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def role_of(error: BaseException) -> str:

@@ -176,7 +176,7 @@ def measure(argv: list[str], tables: Mapping[str, Table] = TABLES) -> None:
             print(row, flush=True)
 
 
-@program
+@partial(program, prints_result=True)
 def main(argv: list[str]) -> int:
     if os.environ.get("RANK", "0") != "0":
         return Guard(start_timeout_s([])).run()

@@ -210,7 +210,7 @@ def cases(config: MeasureStreamConfig) -> Iterator[tuple[StoredIn, int, int, int
             yield tier, block_mib, num_buffers, num_readers
 
 
-@program
+@partial(program, prints_result=True)
 def main(argv: list[str]) -> int:
     config: MeasureStreamConfig = compose_program("measure_stream", argv, "launch/measure/stream.py")
     torch.set_num_threads(config.threads)

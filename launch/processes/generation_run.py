@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conf.schema import PlacementKind, RunConfig, to_plain
+from conf.schema import ConfigError, PlacementKind, RunConfig, to_plain
 from launch.assembly.session_run import fit_to_model, make_metrics, make_seed, note_of_cut, take_round
-from launch.assembly.start_checks import world_size
+from launch.assembly.start_checks import unwritable, world_size
 from launch.assembly.task import Task
 from launch.command_line.interruption import Interruption
-from launch.command_line.outcome import ExitCode
+from launch.command_line.outcome import ExitCode, as_typed
 from launch.prompts.prompt import Prompt, make_prompt, read_workload
 from orchestrator.display import Display
 from orchestrator.metrics import Metrics
 from orchestrator.placement import place
 from orchestrator.round import Phase, Round
-from orchestrator.run_files import Report, versions
-from orchestrator.session import Session
+from orchestrator.run_files import ROUNDS, Report, num_bytes_to_reserve, versions
+from orchestrator.session import FAILED, INTERRUPTED, Session
 
 if TYPE_CHECKING:
     from launch.assembly.engine import Engine
     from launch.assembly.generated_text import Stops
     from launch.processes.company import Company
-
-INTERRUPTED = "interrupted"
-"""`finish_reason` of a run that ended before its text did."""
 
 
 @dataclass(kw_only=True)
@@ -53,13 +50,15 @@ class GenerationRun:
     company: Company | None = None
     """The processes of a run over several."""
     metrics: Metrics = field(init=False)
+    unwritten_result: dict[str, Any] | None = None
+    """The result, where it could not be written."""
 
     def __post_init__(self) -> None:
         self.metrics, self.seed = make_metrics(self.config), make_seed(self.config)
 
     def run(self) -> ExitCode:
         """The exit code; raises ConfigError for what cannot be run, anything else for what failed."""
-        report, code = Report(self.folder), ExitCode.failed
+        report, code = self._open_report(), ExitCode.failed
         try:
             try:
                 self._generate(self._load(), report)
@@ -69,6 +68,11 @@ class GenerationRun:
                 self.company.crew.check_guards()
             code = self._finish(report)
             return code
+        except ConfigError:
+            raise
+        except Exception as error:
+            self._save_what_there_is(report, error)
+            raise
         finally:
             report.close()
             if self.engine is not None:
@@ -76,6 +80,14 @@ class GenerationRun:
             if self.company is not None:
                 # Whoever waits for the prompt to be read, or for the dead, does not hear that it is over.
                 self.company.close(at_once=code != ExitCode.done)
+
+    def _open_report(self) -> Report:
+        num_bytes = num_bytes_to_reserve(to_plain(self.config), self.config.generation.max_new_tokens)
+        try:
+            return Report(self.folder, num_bytes)
+        except OSError as error:
+            example = f"outputs/run, on a disk with {num_bytes:,} bytes free for the result"
+            raise unwritable("output", self.config.output, error, example, self.folder) from None
 
     def _load(self) -> Engine:
         from launch.assembly.generated_text import make_stops
@@ -137,23 +149,74 @@ class GenerationRun:
         round_, seconds = take_round(advance, self.metrics)
         if Phase.reread in round_.seconds:
             self.display.note("a stored block was damaged: all tokens so far were read again")
+        was_whole = ROUNDS not in report.incomplete
         report.add_round(round_, seconds)
+        if was_whole and ROUNDS in report.incomplete:
+            self.display.note(f"{ROUNDS} ends here, the run goes on ({report.incomplete[ROUNDS]})")
         self.display.add_round(round_, session.text_stream.take_pieces(), self.metrics)
 
     def _finish(self, report: Report) -> ExitCode:
         """Writes and shows what there is; a run that was interrupted before its end says so."""
         self.phase, self.interruption.is_deferred = "report", True
+        session = self._ended_session()
+        result = self._result(session)
+        with suppress(KeyboardInterrupt):  # a later signal while processes are asked: the rest is reported
+            result |= self._reports_of(self.engine)
+        path = self._write(report, result)
+        if session is not None:
+            self.display.add_text(session.text_stream.take_pieces())
+        for name, why in report.incomplete.items():
+            self.display.note(f"{name} is incomplete: {why}")
+        self.display.finish(result, as_typed(path))
+        return ExitCode.done if session is not None and session.is_finished else ExitCode.interrupted
+
+    def _save_what_there_is(self, report: Report, failure: Exception) -> None:
+        """Writes the result of a run that failed: its tokens so far.
+
+        Of the engine's own reports it has none: who would make them may be who failed.
+        """
+        session = self._ended_session()
+        if session is None:
+            return
+        result = self._result(session) | {"failure": f"{type(failure).__name__}: {failure}"}
+        if not session.is_finished:
+            result["finish_reason"] = FAILED
+        try:
+            self._write(report, result)
+        except Exception as second:
+            failure.add_note(f"the result was not written: {type(second).__name__}: {second}")
+        self.display.add_text(session.text_stream.take_pieces())
+
+    def _ended_session(self) -> Session | None:
+        """The session, with all the text of its tokens; None where nothing is loaded."""
         session = self.engine.hierarchy.session if self.engine is not None else None
         if session is not None and not session.is_finished:
             session.text_stream.close()
-            self.display.add_text(session.text_stream.take_pieces())
-        result = self._result(session)
+        return session
+
+    def _write(self, report: Report, result: dict[str, Any]) -> Path:
+        """Where result.json is; raises what hinders it, with the result in `unwritten_result`."""
+        if report.incomplete:
+            result["incomplete_files"] = dict(report.incomplete)
+        self.unwritten_result = result
         path = report.write_result(result)
-        self.display.finish(result, os.path.relpath(path))
-        return ExitCode.done if session is not None and session.is_finished else ExitCode.interrupted
+        self.unwritten_result = None
+        return path
+
+    def _reports_of(self, engine: Engine | None) -> dict[str, Any]:
+        return {
+            "memory": engine.memory_report() if engine else {},
+            "streaming": engine.streaming_report() if engine else {},
+            "processes": engine.processes_report() if engine else [],
+        }
+
+    def _retrieval_budget(self) -> int | None:
+        """The budget as it was cut to the prompt, the most of an automatic one; None where there is no such level."""
+        from launch.assembly.sizing import budgets  # which loads torch: a run that has a result has it already
+
+        return max(budgets(self.config, len(self.prompt.ids)), default=None) if self.prompt else None
 
     def _result(self, session: Session | None) -> dict[str, Any]:
-        engine = self.engine
         return {
             "prompt_tokens": len(self.prompt.ids) if self.prompt else 0,
             "prompt": self.prompt.to_plain() if self.prompt else {},
@@ -167,9 +230,10 @@ class GenerationRun:
             "timing": self.metrics.timing(),
             "speculation": self.metrics.speculation(),
             "drafter_vocabulary": self.drafter_vocabulary,
-            "memory": engine.memory_report() if engine else {},
-            "streaming": engine.streaming_report() if engine else {},
-            "processes": engine.processes_report() if engine else [],
+            "retrieval_budget_tokens": self._retrieval_budget(),
+            "memory": {},
+            "streaming": {},
+            "processes": [],
             "versions": versions(),
         }
 

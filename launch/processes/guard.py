@@ -24,6 +24,7 @@ from types import FrameType
 
 import msgspec
 
+from launch.command_line.interruption import ending_signals
 from launch.command_line.outcome import ExitCode
 from launch.processes.mps import MpsService
 from launch.processes.python_module import start_module
@@ -89,7 +90,7 @@ class Guard:
 
     def run(self) -> int:
         """The exit code, when the run is over."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ending_signals():
             signal.signal(number, self._on_signal)
         try:
             self._for_mps = self._mps.join()

@@ -306,7 +306,7 @@ def main(build: Build = build) -> int:
 
     `build(config, assignment)` makes its roles.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the orchestrator decides
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if ENDPOINTS in os.environ:

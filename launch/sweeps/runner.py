@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from launch.command_line.interruption import Interruption
-from launch.command_line.outcome import ExitCode
+from launch.command_line.outcome import ExitCode, as_typed
 from launch.command_line.overrides import CONFIG_FOLDER
 from launch.sweeps.config import Sweep, read_sweep
 from launch.sweeps.job import RUN_PROGRAM, jobs_of, run_jobs
@@ -68,7 +68,7 @@ def summarise(folder: Path, progress: SweepProgress, axes: list[str], console: C
     if len(timed) > 1:
         fastest = min(timed, key=lambda row: row["tbt_ms"])
         lines.append(f"fastest: {described(fastest, axes)}: {figures_of(fastest)}")
-    lines.append(f"{' and '.join(os.path.relpath(path) for path in paths)}: {len(rows)} rows")
+    lines.append(f"{' and '.join(map(as_typed, paths))}: {len(rows)} rows")
     for line in lines:
         console.print(Text(harmless(line)), soft_wrap=True, highlight=False)
 

@@ -15,6 +15,7 @@ from typing import Any
 from launch.command_line.tables import write_atomically, write_csv
 from orchestrator.round import Phase
 from orchestrator.run_files import RESULT
+from orchestrator.session import FAILED, INTERRUPTED
 
 SweepRow = dict[str, Any]
 """Columns of a job by their name: JOB_COLUMNS, settings by their key, METRICS; None for what there is not."""
@@ -125,7 +126,8 @@ def finished_result(folder: Path) -> dict[str, Any] | None:
         result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return result if result.get("finish_reason") not in (None, "interrupted") else None
+    is_whole = result.get("finish_reason") not in (None, INTERRUPTED, FAILED) and "left_out" not in result
+    return result if is_whole else None
 
 
 def write_row(folder: Path, row: SweepRow) -> None:

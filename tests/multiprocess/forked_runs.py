@@ -206,7 +206,7 @@ def _agent(folder: Path, program: Callable[[], int], num_ranks: int, prepare: Pr
         pid = _fork(lambda rank=rank: _rank(folder, rank, program, prepare))
         ranks[pid] = rank
         (folder / f"rank-{rank}").write_text(str(pid))
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: _tell(ranks, number))
     while ranks:
         pid, status = os.waitpid(-1, 0)
@@ -240,7 +240,7 @@ def _fork(act: Callable[[], int | None]) -> int:
         return pid
     code = 1
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         code = act() or 0
     except SystemExit as exit_:

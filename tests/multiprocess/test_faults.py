@@ -189,7 +189,7 @@ def test_a_killed_orchestrator_takes_all_along(start):
     assert time.monotonic() - began < 5
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_ends_the_run_in_good_order(start, expected, number):
     run = start(faults.slow_verifier, *AUTOREGRESSIVE)
     run.wait_for_output("reading")

@@ -93,7 +93,7 @@ def test_ranks_that_disagree_end_the_run_with_one_line(start_with):
     lines = [line for line in run.errors if line.startswith("tierforce: ")]
     assert run.exit_codes[0] == 1 and len(lines) == 1, run.report()
     assert "failed in phase decode, role verifier, rank 4: RunFailedError: ranks disagree after Verify" in lines[0]
-    assert not (run.folder / "run" / "result.json").exists()
+    assert run.result["finish_reason"] == "failed" and "ranks disagree" in run.result["failure"]
 
 
 def test_a_deadline_leaves_the_stacks_of_all_ranks(start_with):

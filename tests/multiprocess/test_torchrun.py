@@ -127,6 +127,8 @@ def test_bad_configuration_is_said_once_and_ends_all_ranks(start):
     assert line.startswith("tierforce: decoding.gamma1 is -1")
     assert "Traceback" not in run.errors().partition(line)[0]
     assert "exitcode  : 2" in run.errors()
+    # torchrun's report says what we said, and not how to enable tracebacks.
+    assert f"traceback : {line.removeprefix('tierforce: ')}" in run.errors()
 
 
 def test_ctrl_c_in_the_terminal_ends_a_run_in_good_order(start):
@@ -141,10 +143,11 @@ def test_ctrl_c_in_the_terminal_ends_a_run_in_good_order(start):
 
 
 @pytest.mark.slow
-def test_sigterm_to_torchrun_ends_a_run_in_good_order(start):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_torchrun_ends_a_run_in_good_order(start, number):
     run = start(5, NEVER_ENDING)
     run.wait_for_rounds()
-    run.torchrun.terminate()
+    run.torchrun.send_signal(number)
     assert run.wait() == 1
     assert run.own_lines() == []
     assert run.result()["finish_reason"] == "interrupted"

@@ -3,22 +3,30 @@
 Most cases run in this process, with an engine that has no model; a few start the program as a user does.
 """
 
+import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
+import hydra
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from transformers import PreTrainedTokenizerFast
 
 from conf.schema import ConfigError
 from launch import run
+from launch.assembly.run_folder import claim
+from launch.assembly.sizing import with_known_budget
 from launch.command_line.overrides import CONFIG_FOLDER, read_config
+from orchestrator import run_files
 from orchestrator.round import Round
 from orchestrator.session import Session
 from orchestrator.text_stream import TextStream
@@ -170,6 +178,16 @@ REFUSED = [
     (["output=file.txt"], ["output", "'file.txt'", "outputs/run"]),
     (["output=" + "x" * 300], ["output", "xxx", "outputs/run"]),
     (["output="], ["output", "''", "outputs/run"]),
+    (["output=dangling"], ["output", "'dangling'", "link to nowhere/at/all", "outputs/run"]),
+    (["output=dangling/run"], ["output", "'dangling/run'", "link to nowhere/at/all", "outputs/run"]),
+    (["output=circle"], ["output", "'circle'", "circle", "outputs/run"]),
+    (["output=new/" + "x" * 300], ["output", "File name too long", "outputs/run"]),
+    (["output=" + "x/" * 3000], ["output", "File name too long", "outputs/run"]),
+    (["output=has_file"], ["output", "'has_file'", "has_file/.hydra", "outputs/run"]),
+    (["output=has_folder", "prompt.text=x"], ["output", "'has_folder'", "Is a directory", "outputs/run"]),
+    (["hydra.run.dir=dangling"], ["output", "dangling", "outputs/run"]),
+    (["-m", "hydra.sweep.dir=dangling", "sampling.seed=1,2"], ["output", "dangling", "outputs/run"]),
+    (["-m", "decoding.gama1=1,2"], ["gama1"]),
     (["hydra.speed=1"], ["hydra.speed=1"]),
     (["gamma"], ["'gamma'", "key=value", "decoding.gamma1=2"]),
     (["="], ["'='", "key=value", "decoding.gamma1=2"]),
@@ -212,13 +230,18 @@ REFUSED = [
 @pytest.mark.parametrize(("argv", "named"), REFUSED, ids=[" ".join(argv)[:40] for argv, _ in REFUSED])
 def test_bad_input_gives_code_2_and_one_message(engines, capfd, argv, named):
     Path("file.txt").write_text("a file")
+    Path("dangling").symlink_to("nowhere/at/all")
+    Path("circle").symlink_to("circle")
+    Path("has_folder/result.json").mkdir(parents=True)
+    Path("has_file").mkdir()
+    Path("has_file/.hydra").touch()
     assert run.main(argv) == 2
     out, err = capfd.readouterr()
     assert out == ""
     assert err.startswith("tierforce: ") and err.count("\n") == 1 and len(err) < 1000, err
     assert all(part in err for part in named), err
     assert "Traceback" not in err
-    assert not list(Path().rglob("result.json"))
+    assert not [path for path in Path().rglob("result.json") if path.is_file()]
 
 
 def test_a_refused_configuration_leaves_no_folder(engines):
@@ -350,10 +373,13 @@ def test_a_failure_names_phase_role_rank_and_root_cause_in_one_line(engines, cap
     assert err.count("\n") == 1 and "Traceback" not in err
     assert f"failed in phase {phase}, role {role}, rank 0: ZeroDivisionError: division by zero" in err
     assert "o/failure.log" in err and "Traceback" in Path("o/failure.log").read_text()
-    assert engines.engine.is_closed and not Path("o/result.json").exists()
+    assert engines.engine.is_closed
+    generated = {"start": "", 2: "aba"}[point]
+    assert (result_of()["finish_reason"], result_of()["text"]) == ("failed", generated)
+    assert "OSError: x" in result_of()["failure"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interruption_while_decoding_keeps_the_tokens(engines, capfd, number):
     engines.before = lambda point: os.kill(os.getpid(), number) if point == 2 else None
     assert run.main(["output=o", "prompt.text=x"]) == 130
@@ -361,6 +387,17 @@ def test_an_interruption_while_decoding_keeps_the_tokens(engines, capfd, number)
     assert (result["finish_reason"], result["text"]) == ("interrupted", "ababa")
     assert "interrupted after 5 tokens" in capfd.readouterr().out
     assert engines.engine.is_closed
+
+
+def test_a_hangup_that_was_ignored_at_the_start_stays_ignored(engines):
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        engines.before = lambda point: os.kill(os.getpid(), signal.SIGHUP) if point in ("start", 2) else None
+        assert run.main(["output=o", "prompt.text=x", "generation.max_new_tokens=8"]) == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
+    assert (result_of()["finish_reason"], result_of()["text"]) == ("length", "abababab")
 
 
 def test_an_interruption_while_reading_the_prompt_ends_at_once(engines):
@@ -378,15 +415,169 @@ def test_text_held_back_for_a_stop_string_is_in_an_interrupted_result(engines):
 
 
 def test_the_earlier_signal_handlers_come_back(engines):
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
     run.main(["output=o", "prompt.text=x"])
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIG_FOLDER / "model").glob("*.yaml")))
 def test_every_pair_is_a_legal_configuration(name):
     config = read_config([f"model={name}"])
     assert config.model.target and config.model.drafter
+
+
+# ---- No result is lost. ----
+
+SHORT = ("prompt.text=x", "generation.max_new_tokens=8")
+
+
+class FullTerminal(io.TextIOWrapper):
+    """A terminal to which nothing can be written."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("kind", [io.TextIOWrapper, FullTerminal])
+def test_a_display_that_is_gone_does_not_cost_the_result(engines, capfd, monkeypatch, kind):
+    monkeypatch.setenv("TERM", "xterm")
+    with open("/dev/full", "wb") as full:
+        monkeypatch.setattr(sys, "stdout", kind(full))
+        assert run.main(["output=o", *SHORT]) == 0
+    assert (result_of()["text"], result_of()["finish_reason"]) == ("abababab", "length")
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "tierforce: standard output is lost (No space left on device); the result is in o/result.json"
+    assert all(line.startswith("tierforce: ") for line in lines)
+
+
+def stop_the_clock(monkeypatch) -> None:
+    """All that happens is in one second, as far as Hydra knows."""
+    now = datetime(2026, 1, 2, 3, 4, 5)
+    monkeypatch.setattr(hydra.core.utils, "datetime", SimpleNamespace(now=lambda: now))
+
+
+def test_two_runs_of_one_second_have_a_folder_each(engines, monkeypatch):
+    stop_the_clock(monkeypatch)
+    folders = ["outputs/2026-01-02/03-04-05", "outputs/2026-01-02/03-04-05-2"]
+    for seed in (1, 2):
+        assert run.main([*SHORT, f"sampling.seed={seed}"]) == 0
+    for seed, folder in enumerate(folders, start=1):
+        assert result_of(folder)["seed"] == seed and result_of(folder)["config"]["output"] == folder
+        assert f"sampling.seed={seed}" in Path(folder, ".hydra/overrides.yaml").read_text()
+        assert f"seed: {seed}" in Path(folder, ".hydra/config.yaml").read_text()
+        assert Path(folder).absolute().as_posix() in Path(folder, ".hydra/hydra.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "argv", [("output=o",), ("hydra.run.dir=o",), ("-m", "hydra.sweep.dir=.", "hydra.sweep.subdir=o")]
+)
+def test_a_folder_where_another_run_is_at_work_is_refused_and_left_alone(engines, capfd, argv):
+    with claim(Path("o").absolute(), is_chosen=True):
+        before = sorted(Path("o").iterdir())
+        assert run.main([*argv, *SHORT]) == 2
+        assert sorted(Path("o").iterdir()) == before
+    err = capfd.readouterr().err
+    assert err.startswith("tierforce: output is 'o', where another run is at work") and err.count("\n") == 1, err
+    assert run.main([*argv, *SHORT]) == 0
+
+
+def test_jobs_of_two_sweeps_of_one_second_have_a_folder_each(engines, monkeypatch):
+    stop_the_clock(monkeypatch)
+    for _ in range(2):
+        assert run.main(["-m", *SHORT, "sampling.seed=1,2"]) == 0
+    seeds = {path.parent.name: result_of(path.parent)["seed"] for path in Path("multirun").rglob("result.json")}
+    assert seeds == {"0": 1, "1": 2, "0-2": 1, "1-2": 2}
+
+
+def test_a_disk_that_fills_while_decoding_costs_rounds_and_not_the_result(engines, capfd):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    engines.before = lambda point: point == 3 and resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        assert run.main(["output=o", "prompt.text=x", "generation.max_new_tokens=60"]) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    result, lines = result_of(), Path("o/rounds.jsonl").read_text().splitlines()
+    assert (len(result["token_ids"]), result["finish_reason"]) == (60, "length")
+    assert [json.loads(line)["index"] for line in lines] == list(range(len(lines))) and 3 < len(lines) < 31
+    assert result["incomplete_files"]["rounds.jsonl"].endswith(f"no rounds from {len(lines)} on")
+    out, err = capfd.readouterr()
+    assert out.count("rounds.jsonl ends here, the run goes on") == 1 and err == ""
+    assert {path.name for path in Path("o").iterdir()} == {".hydra", "result.json", "rounds.jsonl"}
+
+
+def test_a_disk_that_is_full_at_the_start_is_refused_and_an_earlier_result_stays(engines, capfd):
+    assert run.main(["output=o", *SHORT]) == 0
+    earlier = Path("o/result.json").read_text()
+    capfd.readouterr()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, hard))
+    try:
+        assert run.main(["output=o", *SHORT]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    err = capfd.readouterr().err
+    assert err.startswith("tierforce: output is 'o'") and "bytes free" in err and err.count("\n") == 1, err
+    assert Path("o/result.json").read_text() == earlier
+
+
+def test_a_result_that_cannot_be_written_at_all_is_printed(engines, capfd, monkeypatch):
+    monkeypatch.setattr(run_files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    assert run.main(["output=o", *SHORT]) == 1
+    out, err = capfd.readouterr()
+    assert json.loads(out.splitlines()[-1])["text"] == "abababab"
+    assert err.count("\n") == 1 and "failed in phase report" in err
+
+
+def test_a_failure_after_the_last_token_leaves_the_whole_text(engines, capfd, monkeypatch):
+    monkeypatch.setattr(FakeEngine, "memory_report", lambda self: 1 / 0)
+    assert run.main(["output=o", *SHORT]) == 1
+    assert (result_of()["text"], result_of()["finish_reason"]) == ("abababab", "length")
+    assert "ZeroDivisionError" in result_of()["failure"]
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_tokens_of_a_round_that_broke_off_are_shown_too(engines, capfd):
+    def commit_and_fail(point):
+        if point == 2:
+            engines.engine.hierarchy.session.commit([ord("c")])
+            raise RuntimeError("half a round")
+
+    engines.before = commit_and_fail
+    assert run.main(["output=o", *SHORT]) == 1
+    assert result_of()["text"] == "abac" and "abac" in capfd.readouterr().out
+
+
+def test_paths_are_shown_as_one_types_them(engines, capfd, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for output, shown in (
+        ("o", "o"),
+        ("./a/../b", "b"),
+        ("../there", f"{tmp_path}/there"),
+        (f"{tmp_path}/here/c", "c"),
+    ):
+        assert run.main([f"output={output}", *SHORT]) == 0
+        assert capfd.readouterr().out.splitlines()[-1] == f"length after 8 tokens; {shown}/result.json"
+        assert result_of(shown)["config"]["output"] == shown
+
+
+@pytest.mark.parametrize(("budget", "is_told"), [([], False), (["cache.retrieval.budget=512"], True)])
+def test_only_a_budget_that_the_user_chose_is_said_to_be_cut(engines, budget, is_told):
+    with_known_budget(read_config(budget), 30, notes := [])
+    assert notes == (["cache.retrieval.budget=512 is more than the prompt: cut to 32"] if is_told else [])
+    assert run.main(["output=o", f"prompt.text={'x' * 30}", *budget]) == 0
+    assert result_of()["retrieval_budget_tokens"] == 32
+
+
+@pytest.mark.parametrize("argv", [["decoding.gamma1=-1"], ["output=o", "prompt.text=x"]])
+def test_torchrun_is_told_what_the_user_is(engines, capfd, tmp_path, monkeypatch, argv):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    engines.before = lambda point: 1 / 0
+    code = run.main(argv)
+    line = capfd.readouterr().err.removeprefix("tierforce: ").strip()
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=code, error_file=str(tmp_path / "error.json"))
+    assert str(ChildFailedError("run.py", {0: failure})).splitlines()[-2] == f"  traceback : {line}"
 
 
 # ---- As a user starts it. ----

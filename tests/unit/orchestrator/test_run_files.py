@@ -1,14 +1,18 @@
 """orchestrator/run_files.py: result.json is whole or absent; rounds.jsonl grows as rounds happen."""
 
+import errno
 import json
+import resource
+import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 
 from orchestrator import run_files as report_module
 from orchestrator.round import Round
-from orchestrator.run_files import RESULT, ROUNDS, Report, versions
+from orchestrator.run_files import RESULT, ROUNDS, Report, num_bytes_to_reserve, versions
 
 ROUND = Round(
     index=1,
@@ -76,6 +80,81 @@ def test_a_failure_while_writing_leaves_no_half_result(report, tmp_path, monkeyp
     with pytest.raises(OSError, match="full"):
         report.write_result({"text": "x"})
     assert not (tmp_path / RESULT).exists()
+
+
+@contextmanager
+def files_of_at_most(num_bytes: int):
+    """As on a full disk: what would make a file larger fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_rounds_that_a_full_disk_refuses_leave_whole_lines_and_a_reason(report, tmp_path):
+    report.add_round(ROUND, 0.5)
+    of_one = (tmp_path / ROUNDS).stat().st_size
+    with files_of_at_most(5 * of_one // 2):
+        for _ in range(3):
+            report.add_round(ROUND, 0.5)
+    report.add_round(ROUND, 0.5)  # a gap would be worse than an end
+    assert (tmp_path / ROUNDS).stat().st_size == 2 * of_one
+    assert list(report.incomplete) == [ROUNDS] and "File too large: no rounds from 1 on" in report.incomplete[ROUNDS]
+
+
+def test_a_result_without_room_is_its_tokens_and_text(report, tmp_path):
+    result = {"token_ids": [1, 2], "text": "ab", "finish_reason": "length", "config": "x" * 5000}
+    with files_of_at_most(2000):
+        report.write_result(result)
+    written = json.loads((tmp_path / RESULT).read_text())
+    assert "File too large" in written.pop("left_out")
+    assert written == {"token_ids": [1, 2], "text": "ab", "finish_reason": "length"}
+
+
+def test_the_room_for_the_result_is_taken_at_the_start_and_given_back(tmp_path):
+    num_bytes = num_bytes_to_reserve({"output": "o"}, 4000)
+    assert num_bytes > 4000 * len("128000, token")
+    report = Report(tmp_path, num_bytes)
+    (reserve,) = set(tmp_path.iterdir()) - {tmp_path / ROUNDS}
+    assert reserve.stat().st_blocks * 512 >= num_bytes
+    report.write_result({"text": "x"})
+    assert (tmp_path / RESULT).stat().st_size < 100
+    report.close()
+    assert {path.name for path in tmp_path.iterdir()} == {ROUNDS, RESULT}
+    Report(tmp_path, num_bytes).close()
+    assert {path.name for path in tmp_path.iterdir()} == {ROUNDS}
+
+
+def test_a_file_system_that_cannot_reserve_is_written_instead(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(report_module.os, "posix_fallocate", refuse)
+    report = Report(tmp_path, 5000)
+    assert (tmp_path / report_module.RESERVE).stat().st_size == 5000
+    report.write_result({"text": "x"})
+    report.close()
+    assert json.loads((tmp_path / RESULT).read_text()) == {"text": "x"}
+
+
+def test_without_room_at_the_start_an_earlier_result_stays(tmp_path):
+    (tmp_path / RESULT).write_text("{}")
+    with files_of_at_most(100), pytest.raises(OSError, match="File too large"):
+        Report(tmp_path, 1000)
+    assert [path.name for path in tmp_path.iterdir()] == [RESULT]
+
+
+def test_a_folder_that_was_removed_meanwhile_is_made_again(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    report = Report(folder, 1000)
+    shutil.rmtree(folder)
+    report.add_round(ROUND, 0.5)
+    report.write_result({"text": "x"})
+    report.close()
+    assert json.loads((folder / RESULT).read_text()) == {"text": "x"}
 
 
 def test_numbers_that_json_does_not_have_are_an_error(report):

@@ -278,7 +278,18 @@ def test_any_other_value_survives_as_an_override(value):
     assert OverridesParser.create().parse_override(override_of("key", value)).value() == value
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"finish_reason": "len', '{"finish_reason": "interrupted"}', "{}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        '{"finish_reason": "len',
+        '{"finish_reason": "interrupted"}',
+        '{"finish_reason": "failed"}',
+        '{"finish_reason": "stop", "left_out": "no space"}',
+        "{}",
+    ],
+)
 def test_only_a_whole_result_of_a_run_that_ended_counts(tmp_path, text):
     (tmp_path / "result.json").write_text(text)
     assert finished_result(tmp_path) is None
