@@ -183,7 +183,10 @@ class GenerationConfig:
     \uXXXX are newline, tab, carriage return, backslash, quotes and a character by its number; any other backslash is
     one. A string that is a special token of the target, such as <|im_end|>, ends generation before that token."""
     ignore_eos: bool = False
-    """Go on past the end-of-sequence token, for measuring."""
+    """Go on past the end-of-sequence token, for measuring; what is drawn does not change."""
+    use_model_rules: bool = True
+    """Apply what the target's generation_config.json says of the choice of tokens (penalties, bans, least lengths,
+    cut-offs) as transformers' `generate` does, but for temperature, top_k and top_p, which `sampling` decides."""
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, "generation.max_new_tokens", self.max_new_tokens, ">= 1, for example 256")

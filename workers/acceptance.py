@@ -18,6 +18,8 @@ Long because what makes a distribution, draws from it and judges by it is to be 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -40,12 +42,25 @@ class NotFiniteError(ArithmeticError):
     """A row of logits has NaN, +inf, or no finite value: the model or its input is broken."""
 
 
-def distribution(logits: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:
+@dataclass(kw_only=True, frozen=True)
+class Warpers:
+    """Further cuts of a distribution that is sampled from: each takes and gives logits [n, V], -inf for what is cut."""
+
+    before_cuts: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = ()
+    """Between temperature and top-k."""
+    after_cuts: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = ()
+    """After top-p."""
+
+
+NO_WARPERS = Warpers()
+
+
+def distribution(logits: torch.Tensor, sampling: SamplingConfig, warpers: Warpers = NO_WARPERS) -> torch.Tensor:
     """The probabilities [n, V] from which a model with these logits [n, V] samples: float64 stays, else float32.
 
-    Temperature, then top-k, then top-p (as transformers orders them); temperature 0 gives one-hot rows. Exactly
-    `top_k` tokens stay, and the smallest set whose probability reaches `top_p`; ties go to the lower id.
-    Raises NotFiniteError.
+    Temperature, then top-k, then top-p, `warpers` around them (as transformers orders them); temperature 0 gives
+    one-hot rows. Exactly `top_k` tokens stay, and the smallest set whose probability reaches `top_p`; ties go to the
+    lower id. Raises NotFiniteError.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     best = logits.amax(-1, keepdim=True)
@@ -54,6 +69,19 @@ def distribution(logits: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor
     if sampling.is_greedy:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     logits = (logits - best) / sampling.temperature
+    for warp in warpers.before_cuts:
+        logits = warp(logits)
+    probs = _most_probable(logits, sampling)
+    if not warpers.after_cuts:
+        return probs
+    logits = probs.log()
+    for warp in warpers.after_cuts:
+        logits = warp(logits)
+    return torch.softmax(logits, -1)
+
+
+def _most_probable(logits: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:
+    """The probabilities [n, V] that top-k and top-p leave."""
     probs = torch.softmax(logits, -1)
     vocab_size = logits.shape[-1]
     cuts_ranks = 0 < sampling.top_k < vocab_size
@@ -191,8 +219,16 @@ def _is_distribution_with(probs: torch.Tensor, token: int) -> bool:
 class MaximalCoupling:
     """Rejection sampling with residual; `level` keys its random numbers."""
 
-    def __init__(self, sampling: SamplingConfig, random: RandomSource, level: int, *, block: bool = False):
-        self._sampling, self._random, self._block = sampling, random, block
+    def __init__(
+        self,
+        sampling: SamplingConfig,
+        random: RandomSource,
+        level: int,
+        *,
+        block: bool = False,
+        warpers: Warpers = NO_WARPERS,
+    ):
+        self._sampling, self._random, self._block, self._warpers = sampling, random, block, warpers
         self._offset = level * NUM_PURPOSES
 
     def start_round(self, index: int) -> None:
@@ -200,7 +236,7 @@ class MaximalCoupling:
 
     def draw(self, logits: torch.Tensor, position: int) -> tuple[int, torch.Tensor]:
         """A token for `position` and the distribution it was drawn from; logits [V]."""
-        probs = distribution(logits[None], self._sampling)[0]
+        probs = distribution(logits[None], self._sampling, self._warpers)[0]
         return self._random.choose(probs, position, self._offset + CHOOSE), probs
 
     def verify(self, draft: Draft, logits: torch.Tensor, position: int) -> tuple[Verdict, list[torch.Tensor]]:
@@ -208,7 +244,7 @@ class MaximalCoupling:
 
         Returns the verdict and the distributions [V] of the tokens handed up: num_accepted + 1 of them.
         """
-        target_probs = distribution(logits, self._sampling)
+        target_probs = distribution(logits, self._sampling, self._warpers)
         draft = usable_draft(draft, logits.shape[-1])
         judge = self._verify_block if self._block else self._verify_tokens
         verdict = judge(draft, target_probs, position)
@@ -219,7 +255,7 @@ class MaximalCoupling:
 
         `logits` [>= n, V] are those the tokens were judged by.
         """
-        return _second_places(distribution(logits[: len(tokens)], self._sampling), tokens)
+        return _second_places(distribution(logits[: len(tokens)], self._sampling, self._warpers), tokens)
 
     def _verify_tokens(self, draft: Draft, target_probs: torch.Tensor, position: int) -> Verdict:
         accepted, ratios = 0, self._ratios(draft, target_probs)
@@ -277,8 +313,8 @@ def _probs_of(draft: Draft) -> list[torch.Tensor]:
 class GumbelCoupling:
     """The race; also greedy decoding, where the winner is the most probable token whatever the noise."""
 
-    def __init__(self, sampling: SamplingConfig, random: RandomSource):
-        self._sampling, self._random = sampling, random
+    def __init__(self, sampling: SamplingConfig, random: RandomSource, *, warpers: Warpers = NO_WARPERS):
+        self._sampling, self._random, self._warpers = sampling, random, warpers
 
     def start_round(self, index: int) -> None:
         self._random.start_round(index)
@@ -288,11 +324,11 @@ class GumbelCoupling:
 
     def draw(self, logits: torch.Tensor, position: int) -> tuple[int, None]:
         """The winner of the position's race by logits [V]; the level above needs no distribution."""
-        return self._winner(distribution(logits[None], self._sampling)[0], position), None
+        return self._winner(distribution(logits[None], self._sampling, self._warpers)[0], position), None
 
     def verify(self, draft: Draft, logits: torch.Tensor, position: int) -> tuple[Verdict, None]:
         """Judges `draft` by logits [n + 1, V]: keeps it as far as it equals this level's own tokens."""
-        probs = distribution(logits, self._sampling)
+        probs = distribution(logits, self._sampling, self._warpers)
         accepted, token = 0, self._winner(probs[0], position)
         while accepted < len(draft) and token == draft.tokens[accepted]:
             accepted += 1
@@ -303,7 +339,7 @@ class GumbelCoupling:
         """The second place in each token's race, or among its probabilities if decoding is greedy."""
         if self._sampling.is_greedy:
             return _second_places(torch.softmax(logits[: len(tokens)].float(), -1), tokens)
-        probs = distribution(logits[: len(tokens)], self._sampling)
+        probs = distribution(logits[: len(tokens)], self._sampling, self._warpers)
         races = [self._random.scores(row, position + index) for index, row in enumerate(probs)]
         return _second_places(torch.stack(races), tokens)
 
@@ -338,9 +374,10 @@ def _padded(draft_probs: torch.Tensor, target_probs: torch.Tensor) -> torch.Tens
 
 
 def make_coupling(
-    sampling: SamplingConfig, random: RandomSource, level: int, *, is_last: bool
+    sampling: SamplingConfig, random: RandomSource, level: int, *, is_last: bool, warpers: Warpers = NO_WARPERS
 ) -> MaximalCoupling | GumbelCoupling:
     """The coupling of a level (1 drafter, 2 retrieval draft, 3 target; `is_last`: the target)."""
     if sampling.is_greedy or sampling.coupling == Coupling.gumbel:
-        return GumbelCoupling(sampling, random)
-    return MaximalCoupling(sampling, random, level, block=sampling.block_verification and is_last)
+        return GumbelCoupling(sampling, random, warpers=warpers)
+    block = sampling.block_verification and is_last
+    return MaximalCoupling(sampling, random, level, block=block, warpers=warpers)

@@ -7,7 +7,7 @@ import logging
 import torch
 
 from workers.acceptance import NotFiniteError, add_runners_up, round_key
-from workers.level import LevelCoupling, ReadingLevel, ReadingModel
+from workers.level import LevelCoupling, LogitsRules, ReadingLevel, ReadingModel
 from workers.messages import DRAFTER, Draft
 
 logger = logging.getLogger(__name__)
@@ -21,9 +21,15 @@ class Drafter(ReadingLevel[ReadingModel]):
     """
 
     def __init__(
-        self, model: ReadingModel, coupling: LevelCoupling, vocab_size: int, *, names_runners_up: bool = False
+        self,
+        model: ReadingModel,
+        coupling: LevelCoupling,
+        vocab_size: int,
+        *,
+        names_runners_up: bool = False,
+        rules: LogitsRules | None = None,
     ):
-        super().__init__(model)
+        super().__init__(model, rules)
         self._coupling, self._vocab_size, self._names_runners_up = coupling, vocab_size, names_runners_up
         self.num_failures = 0
 

@@ -34,6 +34,17 @@ class ReadingModel(CachedModel, Protocol):
         """Empties the cache and reads `tokens`."""
 
 
+class LogitsRules(Protocol):
+    """Rules that change logits by the tokens before them, the same at every level."""
+
+    def start(self) -> None:
+        """Begins a sequence."""
+
+    def apply(self, logits: torch.Tensor, committed: list[int], tail: list[int]) -> torch.Tensor:
+        """`logits` [n, V] by the rules; the last row follows `committed` and all of `tail`, each row before it one
+        token fewer. `committed` is what it was in the call before, and perhaps more behind it."""
+
+
 class LevelCoupling(Protocol):
     """How one level draws tokens and judges drafts; V is the vocabulary, n the number of drafted tokens."""
 
@@ -62,10 +73,12 @@ class Level(Generic[ModelT]):
 
     A call names the tokens it means: the committed ones, then `after` (tentative), then the draft. Whatever the
     cache holds beyond their common prefix is dropped, so that no separate roll back is ever needed.
+
+    `rules` are of the target, whose drafts and verdicts they change alike.
     """
 
-    def __init__(self, model: ModelT):
-        self.model = model
+    def __init__(self, model: ModelT, rules: LogitsRules | None = None):
+        self.model, self._rules = model, rules
         self._start([], 0, [])
 
     def _start(self, prompt: list[int], num_commits: int, held: list[int]) -> None:
@@ -73,6 +86,8 @@ class Level(Generic[ModelT]):
         self.committed, self.num_commits = list(prompt), num_commits
         self._held = list(held)  # the tokens in the cache
         self._num_agreed = len(held)  # so many of them are known to equal the committed ones
+        if self._rules is not None:
+            self._rules.start()
         self._digest, self._num_digested = hashlib.blake2b(digest_size=8), 0
 
     def commit(self, tokens: list[int]) -> None:
@@ -93,14 +108,17 @@ class Level(Generic[ModelT]):
         return f"{tokens}, {self.num_commits} commits, {self.model.length} tokens cached"
 
     def logits_after(self, after: list[int], draft: list[int]) -> torch.Tensor:
-        """Logits [len(draft) + 1, V]: for each drafted token's place, and for the one after the last."""
+        """Logits [len(draft) + 1, V]: for each drafted token's place, and for the one after the last.
+
+        The rules, where there are any, are applied to each row with the tokens before its place.
+        """
         num_committed = len(self.committed)
         # The token before the draft is read in any case: its logits judge the first drafted token.
         common = self._roll_back(after + draft, num_committed + len(after) - 1)
         unseen = self.committed[common:] + (after + draft)[max(0, common - num_committed) :]
         logits = self.model.append(unseen, len(draft) + 1)
         self._held += unseen
-        return logits
+        return logits if self._rules is None else self._rules.apply(logits, self.committed, after + draft)
 
     def _roll_back(self, tail: list[int], limit: int) -> int:
         """Truncates to the common prefix with committed + tail, at most `limit` tokens; returns its length."""

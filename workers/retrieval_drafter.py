@@ -6,7 +6,7 @@ import logging
 from typing import Generic, Protocol, TypeVar
 
 from workers.acceptance import NotFiniteError, add_runners_up, readable_draft, round_key
-from workers.level import CachedModel, Level, LevelCoupling
+from workers.level import CachedModel, Level, LevelCoupling, LogitsRules
 from workers.messages import RETRIEVAL, Draft, InnerStep
 
 logger = logging.getLogger(__name__)
@@ -34,9 +34,14 @@ class RetrievalDrafter(Level[RetrievalCachedModel[UpdateT]], Generic[UpdateT]):
     """
 
     def __init__(
-        self, model: RetrievalCachedModel[UpdateT], coupling: LevelCoupling, *, names_runners_up: bool = False
+        self,
+        model: RetrievalCachedModel[UpdateT],
+        coupling: LevelCoupling,
+        *,
+        names_runners_up: bool = False,
+        rules: LogitsRules | None = None,
     ):
-        super().__init__(model)
+        super().__init__(model, rules)
         self._coupling, self._names_runners_up = coupling, names_runners_up
         self.num_failures = 0
 

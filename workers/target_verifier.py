@@ -6,7 +6,7 @@ from typing import Protocol
 
 from tiers.retrieval_cache import RetrievalUpdate
 from workers.acceptance import readable_draft
-from workers.level import LevelCoupling, ReadingLevel, ReadingModel
+from workers.level import LevelCoupling, LogitsRules, ReadingLevel, ReadingModel
 from workers.messages import Draft, UpdateNotice, Verdict
 
 
@@ -33,8 +33,14 @@ class TargetVerifier(ReadingLevel[TargetCachedModel]):
     `publisher` may be replaced between calls; without one, updates are handed to the caller as they are.
     """
 
-    def __init__(self, model: TargetCachedModel, coupling: LevelCoupling, publisher: Publisher | None = None):
-        super().__init__(model)
+    def __init__(
+        self,
+        model: TargetCachedModel,
+        coupling: LevelCoupling,
+        publisher: Publisher | None = None,
+        rules: LogitsRules | None = None,
+    ):
+        super().__init__(model, rules)
         self._coupling, self.publisher = coupling, publisher
 
     def verify(self, draft: Draft) -> Verdict:

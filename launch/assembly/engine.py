@@ -130,6 +130,7 @@ def build(task: Task) -> LocalEngine:
             prepared.device,
             plan,
             seed=task.seed,
+            rules=prepared.rules.of_task(task.num_prompt_tokens, task.max_new_tokens),
             in_threads=config.overlaps,
             on_locked=prepared.on_locked,
         )

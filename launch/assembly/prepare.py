@@ -13,6 +13,7 @@ from conf.schema import LOOKUP_DRAFTER, ConfigError, CudaGraphs, Dtype, RunConfi
 from launch.assembly.sizing import streaming_sizes
 from tiers.planning.memory import num_idle_cores
 from workers.models.facts import ModelFacts, describe
+from workers.models.model_rules import ModelRules, make_rules
 from workers.models.shared_vocabulary import SharedVocabulary, shared_vocabulary
 
 DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16, Dtype.float16: torch.float16}
@@ -29,6 +30,8 @@ class Prepared:
     target: ModelFacts
     drafter: ModelFacts | None
     """None for a run without a drafter, or with one that looks up n-grams."""
+    rules: ModelRules
+    """What is taken from the target's generation_config.json."""
     vocabulary: SharedVocabulary | None = None
     """The ids that target and drafter share; None where there is no model that drafts."""
     notes: list[str] = field(default_factory=list)
@@ -70,11 +73,28 @@ def prepare(config: RunConfig) -> Prepared:
         vocabulary = shared_vocabulary(target, drafter)
         _check_drafter_window(config, drafter)
     where = f"device {device}" + (f", threads: {num_threads}" if device.type == "cpu" else "")
-    notes = [f"{where}, {str(dtype).split('.')[-1]}"]
-    if vocabulary is not None:
-        notes += vocabulary.notes()
+    rules = rules_of(config, target)
+    notes = [f"{where}, {str(dtype).split('.')[-1]}", *rules.notes, *(vocabulary.notes() if vocabulary else [])]
     return Prepared(
-        device=device, num_threads=num_threads, target=target, drafter=drafter, vocabulary=vocabulary, notes=notes
+        device=device,
+        num_threads=num_threads,
+        target=target,
+        drafter=drafter,
+        vocabulary=vocabulary,
+        rules=rules,
+        notes=notes,
+    )
+
+
+def rules_of(config: RunConfig, target: ModelFacts) -> ModelRules:
+    """What a run takes from its target's generation_config.json. Raises ConfigError."""
+    return make_rules(
+        target.generation,
+        name=config.model.target,
+        vocab_size=target.config.get_text_config().vocab_size,
+        eos_ids=target.eos_ids,
+        sampling=config.sampling,
+        are_wanted=config.generation.use_model_rules,
     )
 
 

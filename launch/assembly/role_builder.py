@@ -26,7 +26,7 @@ from tiers.retrieval.rule import Pool, not_pooled
 from tiers.retrieval.selection import RetrievalSelection
 from tiers.retrieval_cache import RetrievalUpdate
 from tiers.streaming_llm_cache import StreamingLLMCache
-from workers.acceptance import KeyedRandom, make_coupling
+from workers.acceptance import NO_WARPERS, KeyedRandom, make_coupling
 from workers.drafter import Drafter
 from workers.level import LevelCoupling
 from workers.lookup_drafter import LookupDrafter
@@ -34,12 +34,14 @@ from workers.models.causal_model import CausalModel, DraftingModel
 from workers.models.cuda_graphs import CudaRecorder, RecordedModel, Recorder, run_anew
 from workers.models.facts import ModelFacts
 from workers.models.loading import load_model
+from workers.models.model_rules import ModelRules
 from workers.models.retrieval_model import RetrievalKVCache, RetrievalModel
 from workers.models.shared_ids_model import on_shared_ids
 from workers.models.shared_vocabulary import shared_vocabulary
 from workers.models.shared_weights import load_shared_model
 from workers.models.streaming_model import StreamingModel
 from workers.models.target_model import TargetModel
+from workers.models.token_rules import TokenRules
 from workers.parallel.shard import WHOLE
 from workers.parallel.tensor_parallel import AllReduce
 from workers.retrieval_drafter import RetrievalCachedModel, RetrievalDrafter
@@ -56,6 +58,7 @@ class RoleBuilder:
 
     `target` are the facts of the model, or of the part of it that this process has. What the roles have in common,
     tiers and the link to the device, is here, and is closed with `close`. `in_threads`: each role has its own.
+    `rules` are the target's for this task.
     `on_locked(done, total)` is called as bytes of host memory are page-locked, which takes a while.
     """
 
@@ -67,11 +70,12 @@ class RoleBuilder:
         plan: MemoryPlan,
         *,
         seed: int,
+        rules: ModelRules | None = None,
         in_threads: bool = False,
         on_locked: Callable[[int, int], None] = lambda done, total: None,
     ):
         self.config, self.target_facts, self.device, self.plan = config, target, device, plan
-        self.sizes = plan.sizes
+        self.sizes, self._rules = plan.sizes, rules
         self._seed, self._random = seed, None if in_threads else KeyedRandom(seed)
         self.notes: list[str] = []
         if device.type == "cuda" and (node := bind_to_node_of(pci_address(device))) is not None:
@@ -160,7 +164,7 @@ class RoleBuilder:
             hidden_tier=self.tiers.device if self.sizes.hidden_tier is TierName.device else self.tiers.host,
             selection=self._selection(self.full_cache) if self.config.uses_retrieval else None,
         )
-        return TargetVerifier(model, self._coupling(LEVEL_TARGET)), model
+        return TargetVerifier(model, self._coupling(LEVEL_TARGET), rules=self._level_rules()), model
 
     def retriever(self, target: CausalModel) -> RetrievalDrafter[RetrievalUpdate]:
         """The role that drafts by retrieval beside its verifier, which hands it the updates themselves."""
@@ -179,7 +183,8 @@ class RoleBuilder:
         cache = self.retrieval_cache(self.tiers.device if tier is None else tier)
         coupling, facts = self._coupling(LEVEL_RETRIEVAL), self.target_facts
         model = make_model(self._recorded(facts, target, cache), cache)
-        return RetrievalDrafter(model, coupling, names_runners_up=self._wants_runners_up)
+        rules = self._level_rules()
+        return RetrievalDrafter(model, coupling, names_runners_up=self._wants_runners_up, rules=rules)
 
     def drafter(self, facts: ModelFacts | None, vocab_size: int) -> Drafter | LookupDrafter:
         """The role that drafts; without `facts` of a model it looks up n-grams. `vocab_size` is the target's."""
@@ -194,7 +199,8 @@ class RoleBuilder:
         coupling = self._coupling(LEVEL_DRAFTER)
         # Where the retrieval draft stands between, it names the runners-up of what it hands on.
         names_runners_up = self._wants_runners_up and not config.uses_retrieval
-        return Drafter(model, coupling, vocab_size, names_runners_up=names_runners_up)
+        rules = self._level_rules()
+        return Drafter(model, coupling, vocab_size, names_runners_up=names_runners_up, rules=rules)
 
     def _recorded(self, facts: ModelFacts, model: CausalModel, cache: DraftCache) -> CausalModel | RecordedModel:
         """`model`, or what replays its passes over `cache`, where that is asked for and can be."""
@@ -229,7 +235,12 @@ class RoleBuilder:
     def _coupling(self, level: int) -> LevelCoupling:
         # Numbers are keyed: a source for each role, which roles in threads of their own need, draws what one would.
         random = self._random or KeyedRandom(self._seed)
-        return make_coupling(self.config.sampling, random, level, is_last=level == LEVEL_TARGET)
+        warpers = NO_WARPERS if self._rules is None else self._rules.warpers()
+        return make_coupling(self.config.sampling, random, level, is_last=level == LEVEL_TARGET, warpers=warpers)
+
+    def _level_rules(self) -> TokenRules | None:
+        """Each level follows the sequence by itself."""
+        return None if self._rules is None else self._rules.for_level()
 
     # ---- Caches. ----
 

@@ -80,7 +80,9 @@ class PeerSettings:
 class BenchConfig(RunConfig):
     """A run, as often as there are contenders."""
 
-    generation: GenerationConfig = field(default_factory=lambda: GenerationConfig(max_new_tokens=48, ignore_eos=True))
+    generation: GenerationConfig = field(
+        default_factory=lambda: GenerationConfig(max_new_tokens=48, ignore_eos=True, use_model_rules=False)
+    )
     """Its max_new_tokens are those of one repetition."""
     contenders: dict[str, str] = field(default_factory=dict)
     """Contenders of our engine, by name: overrides of the run, separated by spaces. One called as a mode has it."""
@@ -107,6 +109,7 @@ class BenchConfig(RunConfig):
         generation, peer = self.generation, self.peer
         require(not generation.stop, "generation.stop", generation.stop, "empty: all contenders write as much")
         require(generation.ignore_eos, "generation.ignore_eos", False, "true: all contenders write as much")
+        require(not generation.use_model_rules, "generation.use_model_rules", True, "false: no peer applies them")
         of_peers = (peer.num_assistant_tokens + 1, peer.prompt_lookup_num_tokens + 1)
         most = max(*of_peers, *map(most_per_round, self.runs_of_ours().values()))
         rule = f"above {most}, what a round of some contender may bring"

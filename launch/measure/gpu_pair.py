@@ -59,7 +59,7 @@ class WidenedPair:
             ),
             decoding=DecodingConfig(gamma1=self._config.gamma1, gamma2=gamma2),
             cache=CacheConfig(full=full, retrieval=RetrievalCacheConfig(budget=budget)),
-            generation=GenerationConfig(ignore_eos=True),
+            generation=GenerationConfig(ignore_eos=True, use_model_rules=False),
             prompt=PromptConfig(max_tokens=num_tokens),
             sampling=SamplingConfig(temperature=self._config.temperature),
             output=self._config.output,

@@ -34,6 +34,9 @@ class Assignment(msgspec.Struct, kw_only=True, frozen=True):
     """Threads that it computes with on a CPU."""
     seed: int
     plan: MemoryPlan
+    num_prompt_tokens: int
+    max_new_tokens: int
+    """Lengths of the task, on which rules of the model may depend; a restarted process begins with a longer prompt."""
     shard_rank: int = 0
     shard_size: int = 1
     """The part of the target that it has: number `shard_rank` of `shard_size`."""
@@ -74,6 +77,8 @@ def make_assignments(
             num_threads=num_threads,
             seed=task.seed,
             plan=plans[rank],
+            num_prompt_tokens=task.num_prompt_tokens,
+            max_new_tokens=task.max_new_tokens,
             shard_rank=placement.verifier_ranks.index(rank) if is_verifier else 0,
             shard_size=placement.tensor_parallel if is_verifier else 1,
             group=group,

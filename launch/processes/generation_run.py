@@ -46,6 +46,8 @@ class GenerationRun:
     """Answers that a prompt of a known workload asks for."""
     drafter_vocabulary: dict[str, float] | None = None
     """How many token ids drafter and target share; None where no model drafts."""
+    generation_config: dict[str, Any] = field(default_factory=dict)
+    """What was taken from the target's generation_config.json, and what was not."""
     engine: Engine | None = None
     company: Company | None = None
     """The processes of a run over several."""
@@ -108,6 +110,7 @@ class GenerationRun:
                 self.display.note(line)
         for text, note in self.stops.notes.items():
             self.display.note(f"generation.stop has {text!r}: {note}")
+        self.generation_config = prepared.rules.report()
         self.phase = "load"
         task = Task(
             config=self.config,
@@ -226,6 +229,7 @@ class GenerationRun:
             "expected_answers": self.expected_answers,
             "finish_reason": session.finish_reason if session and session.is_finished else INTERRUPTED,
             "seed": self.seed,
+            "generation_config": self.generation_config,
             "config": to_plain(self.config),
             "timing": self.metrics.timing(),
             "speculation": self.metrics.speculation(),

@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from conf.schema import LOOKUP_DRAFTER, RunConfig
 from launch.assembly.engine import memory_shortage_as_config_error
-from launch.assembly.prepare import DTYPES
+from launch.assembly.prepare import DTYPES, rules_of
 from launch.assembly.role_builder import RoleBuilder
 from launch.processes import mps
 from launch.processes.assignment import RETRIEVAL_CACHE, WEIGHTS, Assignment
@@ -86,6 +86,7 @@ class AssignedRoles:
             self.device,
             assignment.plan,
             seed=assignment.seed,
+            rules=rules_of(config, self._whole).of_task(assignment.num_prompt_tokens, assignment.max_new_tokens),
             in_threads=True,
         )
         self._make(dtype)

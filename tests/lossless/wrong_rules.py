@@ -6,6 +6,7 @@ import torch
 
 from workers.acceptance import ACCEPT, CHOOSE, REPLACE, MaximalCoupling, distribution, make_coupling, residual
 from workers.messages import Draft, Verdict
+from workers.models.token_rules import TokenRules
 
 
 def making(wrong: type[MaximalCoupling], *levels: int):
@@ -107,3 +108,27 @@ class CutByTheTokenDropped(MaximalCoupling):
 
     def verify(self, draft: Draft, logits: torch.Tensor, position: int):
         return super().verify(draft.cut(draft.tokens.index(1)) if 1 in draft.tokens else draft, logits, position)
+
+
+class BlindToDrafts(TokenRules):
+    """Wrong: judges every row of a block with the committed tokens alone."""
+
+    def apply(self, logits: torch.Tensor, committed: list[int], tail: list[int]) -> torch.Tensor:
+        return torch.cat([super(BlindToDrafts, self).apply(row[None], committed, []) for row in logits])
+
+
+class SeeingTheWholeDraft(TokenRules):
+    """Wrong: judges every row with all that was drafted, what is behind it included."""
+
+    def apply(self, logits: torch.Tensor, committed: list[int], tail: list[int]) -> torch.Tensor:
+        return torch.cat([super(SeeingTheWholeDraft, self).apply(row[None], committed, tail) for row in logits])
+
+
+class OneTokenLate(TokenRules):
+    """Wrong: judges each row without the token right before it."""
+
+    def apply(self, logits: torch.Tensor, committed: list[int], tail: list[int]) -> torch.Tensor:
+        num_before = [len(tail) - len(logits) + 1 + row for row in range(len(logits))]
+        late = [tail[: max(num - 1, 0)] for num in num_before]
+        rows = zip(logits, late, strict=True)
+        return torch.cat([super(OneTokenLate, self).apply(row[None], committed, seen) for row, seen in rows])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -26,6 +28,10 @@ FLAT = 1.5
 """Of the logits' spread: so that a level below is neither always right nor never."""
 
 
+RULES = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 9, "eos_token_id": [*range(48, 96)]}
+"""In a generation_config.json: each process reads it, and knows how long the prompt was."""
+
+
 @pytest.fixture(scope="module")
 def cases(checkpoints, tmp_path_factory) -> dict[str, Case]:
     target, other = checkpoints("llama", logit_spread=FLAT, **FOUR_KV_HEADS), checkpoints("llama", seed=1)
@@ -33,6 +39,8 @@ def cases(checkpoints, tmp_path_factory) -> dict[str, Case]:
     other_words = save_checkpoint(
         tmp_path_factory.mktemp("other_words"), tiny_config("llama", vocab_size=98), 3, tokenizer=tiny_tokenizer(98)
     )
+    ruled = shutil.copytree(target, tmp_path_factory.mktemp("ruled") / "target")
+    (ruled / "generation_config.json").write_text(json.dumps(RULES))
     # A drafter that is the target itself is right where its window suffices.
     configs = {
         "greedy": tiny_run(target, target),
@@ -46,6 +54,8 @@ def cases(checkpoints, tmp_path_factory) -> dict[str, Case]:
         "gumbel_lookup": tiny_run(target, "lookup", Mode.streaming, sampling=GUMBEL),
         "maximal": tiny_run(target, target, sampling=MAXIMAL),
         "maximal_retrieval": tiny_run(target, "none", Mode.retrieval, sampling=MAXIMAL, tier=HOST),
+        "ruled": tiny_run(ruled, target, ignore_eos=False),
+        "ruled_gumbel": overlapped(tiny_run(ruled, target, sampling=GUMBEL, ignore_eos=False), Overlap.outcomes),
         "greedy_ahead": overlapped(tiny_run(target, target, tier=HOST), Overlap.ahead),
         "greedy_outcomes": overlapped(tiny_run(target, target, Mode.retrieval), Overlap.outcomes),
         "gumbel_ahead": overlapped(tiny_run(target, target, sampling=GUMBEL), Overlap.ahead),

@@ -19,6 +19,7 @@ from orchestrator.session import Session
 from orchestrator.text_stream import TextStream
 from workers.acceptance import GumbelCoupling, MaximalCoupling, RandomSource, distribution, make_coupling
 from workers.drafter import Drafter
+from workers.level import LogitsRules
 from workers.lookup_drafter import LookupDrafter
 from workers.messages import Draft, Verdict
 from workers.retrieval_drafter import RetrievalDrafter
@@ -159,6 +160,8 @@ class Setup:
     wrap_drafter: Callable[[MarkovModel], MarkovModel] = lambda model: model
     wrap_target: Callable[[MarkovModel], MarkovModel] = lambda model: model
     make_pace: Callable[[], Any] = lambda: None
+    make_rules: Callable[[], LogitsRules | None] = lambda: None
+    """Makes each level's rules."""
 
     @property
     def vocab_size(self) -> int:
@@ -175,7 +178,9 @@ class Setup:
             session=Session(prompt=list(self.prompt), max_new_tokens=self.max_new_tokens, text_stream=no_text()),
             verifier=SlowVerifier(
                 TargetVerifier(
-                    self.wrap_target(MarkovModel(self.target)), self._coupling(random, TARGET_LEVEL, is_last=True)
+                    self.wrap_target(MarkovModel(self.target)),
+                    self._coupling(random, TARGET_LEVEL, is_last=True),
+                    rules=self.make_rules(),
                 ),
                 self.num_steps_ahead,
             ),
@@ -194,15 +199,16 @@ class Setup:
     def _retriever(self, random: RandomSource) -> RetrievalDrafter:
         tables = self.retrieval if isinstance(self.retrieval, tuple) else (self.retrieval,)
         model = MarkovModel(*tables, num_symbols=self.vocab_size, tail_tokens=self.tail_tokens)
-        names = self.overlap is Overlap.outcomes
-        return RetrievalDrafter(model, self._coupling(random, RETRIEVAL_LEVEL), names_runners_up=names)
+        names, rules = self.overlap is Overlap.outcomes, self.make_rules()
+        return RetrievalDrafter(model, self._coupling(random, RETRIEVAL_LEVEL), names_runners_up=names, rules=rules)
 
     def _drafter(self, random: RandomSource) -> Drafter | LookupDrafter:
         coupling = self._coupling(random, DRAFTER_LEVEL)
         if isinstance(self.drafter, str):
             return LookupDrafter(self.vocab_size, one_hot=isinstance(coupling, MaximalCoupling))
         model = self.wrap_drafter(MarkovModel(self.drafter, num_symbols=self.vocab_size))
-        return Drafter(model, coupling, self.vocab_size, names_runners_up=self.overlap is Overlap.outcomes)
+        names, rules = self.overlap is Overlap.outcomes, self.make_rules()
+        return Drafter(model, coupling, self.vocab_size, names_runners_up=names, rules=rules)
 
 
 def no_text() -> TextStream:
@@ -228,13 +234,21 @@ def generate(hierarchy: Hierarchy) -> list[int]:
     return hierarchy.session.generated
 
 
-def target_law(setup: Setup, num_tokens: int) -> dict[tuple[int, ...], float]:
-    """The probability of each sequence of the first `num_tokens` tokens, from the target's table alone."""
+def target_law(
+    setup: Setup,
+    num_tokens: int,
+    rule: Callable[[list[int], torch.Tensor], torch.Tensor] = lambda tokens, logits: logits,
+) -> dict[tuple[int, ...], float]:
+    """The probability of each sequence of the first `num_tokens` tokens, from the target's table alone.
+
+    `rule(tokens before, logits [V])` gives the logits that count.
+    """
     model, law = MarkovModel(setup.target), {(): 1.0}
     for _ in range(num_tokens):
         longer = {}
         for tokens, weight in law.items():
-            probs = distribution(model.logits_after([*setup.prompt, *tokens])[None], setup.sampling)[0].tolist()
+            before = [*setup.prompt, *tokens]
+            probs = distribution(rule(before, model.logits_after(before))[None], setup.sampling)[0].tolist()
             longer |= {(*tokens, token): weight * prob for token, prob in enumerate(probs) if prob}
         law = longer
     return law

@@ -16,7 +16,6 @@ from urllib.request import getproxies
 
 import huggingface_hub
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
@@ -24,6 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from conf.model_source import model_source
 from conf.schema import ConfigError
 from tiers.base import CacheShape
+from workers.models.generation_file import end_ids, read_generation, values_of
 from workers.models.skeleton import weightless
 from workers.parallel.shard import WHOLE, Shard, check_size
 from workers.parallel.tensor_parallel import plan_sharding
@@ -51,7 +51,10 @@ class ModelFacts:
     windows: list[int | None]
     """The sliding window of each layer, in tokens."""
     max_positions: int
+    generation: dict[str, Any]
+    """What its generation_config.json says of the choice of tokens; see workers.models.generation_file.values_of."""
     eos_ids: frozenset[int]
+    """Ids of the tokens that end a text; see workers.models.generation_file.end_ids."""
     num_weight_bytes: int
     shard: Shard = WHOLE
     """The part that `cache_shape` and `num_weight_bytes` are of, and that workers.models.loading reads."""
@@ -94,6 +97,7 @@ def describe(key: str, name: str, dtype: torch.dtype, max_positions: int | None 
     if Path(source).is_dir():
         _check_weight_files(key, Path(source))
     tokenizer = _load(key, name, AutoTokenizer, source)
+    generation = read_generation(key, name, source)
     return ModelFacts(
         key=key,
         source=source,
@@ -103,7 +107,8 @@ def describe(key: str, name: str, dtype: torch.dtype, max_positions: int | None 
         cache_shape=_cache_shape(key, name, text_config, dtype),
         windows=_windows(text_config),
         max_positions=_max_positions(text_config),
-        eos_ids=_eos_ids(source, config),
+        generation=values_of(generation),
+        eos_ids=end_ids(generation, config, source, tokenizer),
         num_weight_bytes=_num_parameters(key, name, config) * dtype.itemsize,
     )
 
@@ -211,15 +216,6 @@ def _stretch(config: PreTrainedConfig, max_positions: int) -> None:
         "original_max_position_embeddings": trained,
     }
     config.max_position_embeddings = max_positions
-
-
-def _eos_ids(source: str, config: PreTrainedConfig) -> frozenset[int]:
-    """Ids of the tokens that end a text."""
-    try:
-        eos = transformers.GenerationConfig.from_pretrained(source).eos_token_id
-    except OSError:
-        eos = config.get_text_config().eos_token_id
-    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
 
 
 def _num_parameters(key: str, name: str, config: PreTrainedConfig) -> int:

@@ -89,6 +89,10 @@ class FakeEngine:
         self.is_closed = True
 
 
+OF_FILE = {"applied": {"repetition_penalty": 1.3}, "not_applied": {"top_k": 20}}
+"""What is taken from generation_config.json."""
+
+
 class FakeEngines(SimpleNamespace):
     """Stands for the modules launch.assembly.prepare and launch.assembly.engine."""
 
@@ -96,7 +100,9 @@ class FakeEngines(SimpleNamespace):
         super().__init__(before=lambda point: None, engine=None, build_error=None)
 
     def prepare(self, config):
-        return SimpleNamespace(tokenizer=byte_tokenizer(), max_positions=MAX_POSITIONS, eos_ids=frozenset(), notes=[])
+        rules = SimpleNamespace(report=lambda: OF_FILE)
+        sizes = {"max_positions": MAX_POSITIONS, "eos_ids": frozenset()}
+        return SimpleNamespace(tokenizer=byte_tokenizer(), rules=rules, notes=[], **sizes)
 
     def build(self, task):
         if self.build_error:
@@ -310,6 +316,7 @@ def test_a_run_writes_the_contract(engines, capfd):
         "speculation", "memory", "streaming", "versions",
     }  # fmt: skip
     assert (result["prompt_tokens"], result["text"], result["finish_reason"]) == (5, "ababab", "length")
+    assert result["generation_config"] == OF_FILE
     assert result["seed"] == 7 and result["config"]["decoding"]["gamma2"] == 3 and result["config"]["output"] == "o"
     assert set(result["timing"]) >= {"prefill_s", "ttft_s", "decode_s", "tbt_ms", "tokens_per_s"}
     assert [level["name"] for level in result["speculation"]["levels"]] == ["drafter", "retrieval"]

@@ -223,6 +223,7 @@ def test_an_interrupted_bench_keeps_the_cells_it_has(settings, monkeypatch):
         (["only=[triforce,nobody]"], ["only is 'nobody'", "transformers"]),
         (["placement=pipeline"], ["placement.kind", "one process"]),
         (["generation.ignore_eos=false"], ["generation.ignore_eos", "true"]),
+        (["generation.use_model_rules=true"], ["generation.use_model_rules", "false"]),
         (["generation.stop=[x]"], ["generation.stop", "empty"]),
         (["generation.max_new_tokens=11"], ["generation.max_new_tokens is 11", "above 11"]),
         (["peer.num_assistant_tokens=0"], ["peer.num_assistant_tokens is 0", ">= 1"]),
