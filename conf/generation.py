@@ -20,6 +20,7 @@ from conf.values import (
     Overlap,
     PromptTask,
     PromptTemplate,
+    expand_home,
     require,
     unescaped,
 )
@@ -30,7 +31,8 @@ class ModelConfig:
     """The pair of models."""
 
     target: str = "assets/demo/target"
-    """Local folder or hub id of the target model; a relative folder is looked for here, then in the project."""
+    """Local folder or hub id of the target model; a relative folder is looked for here, then in the project. In this
+    and every other path ~ and ~user at the beginning are home directories."""
     drafter: str = "assets/demo/drafter"
     """Local folder or hub id of the drafter, or `lookup` (n-gram lookup in the context), or `none`.
 
@@ -44,6 +46,7 @@ class ModelConfig:
     """Compare our attention with transformers' own on a few tokens after loading; refuse the model on a mismatch."""
 
     def __post_init__(self) -> None:
+        expand_home(self, "model.", "target", "drafter")
         require(bool(self.target), "model.target", self.target, "a local folder or a hub id")
         legal = self.max_positions is None or self.max_positions >= 1
         require(legal, "model.max_positions", self.max_positions, ">= 1, for example 131072, or null")
@@ -58,7 +61,8 @@ class PromptConfig:
     """
 
     path: str | None = None
-    """A UTF-8 text file, any system's line ends in it being newlines; with `dataset`, the folder that has it."""
+    """A UTF-8 text file, any system's line ends in it being newlines, or -, which is standard input (of rank 0); with
+    `dataset`, the folder that has it."""
     text: str | None = None
     """The document itself."""
     max_tokens: int | None = 8192
@@ -83,6 +87,7 @@ class PromptConfig:
     """Questions of task=needle over one document, each about a needle of its own; all but the last are answered."""
 
     def __post_init__(self) -> None:
+        expand_home(self, "prompt.", "path")
         both = self.path is not None and self.text is not None
         require(not both, "prompt.text", self.text, "unset where prompt.path is set")
         legal = self.max_tokens is None or self.max_tokens >= 1

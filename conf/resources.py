@@ -13,6 +13,7 @@ from conf.values import (
     FullCacheTier,
     PlacementKind,
     RetrievalRuleName,
+    expand_home,
     parse_auto_count,
     require,
 )
@@ -137,6 +138,7 @@ class DiskConfig:
     """Reads in flight: an integer, or auto: measured when the run starts."""
 
     def __post_init__(self) -> None:
+        expand_home(self, "tiers.disk.", "folder")
         require(self.folder != "", "tiers.disk.folder", self.folder, "a folder that can be written, or null")
         readers = parse_auto_count("tiers.disk.readers", self.readers, (AUTO,), minimum=1)
         legal = isinstance(readers, str) or readers <= 64

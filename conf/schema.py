@@ -32,6 +32,7 @@ from conf.values import (
     MAX_AUTO_GAMMA2,
     NEVER,
     NO_DRAFTER,
+    STANDARD_INPUT,
     ChunkDtype,
     ConfigError,
     Coupling,
@@ -45,6 +46,7 @@ from conf.values import (
     PromptTask,
     PromptTemplate,
     RetrievalRuleName,
+    expand_home,
     parse_auto_count,
     require,
     unescaped,
@@ -83,9 +85,11 @@ __all__ = [
     "RetrievalCacheConfig",
     "RetrievalRuleName",
     "RunConfig",
+    "STANDARD_INPUT",
     "SamplingConfig",
     "StreamingCacheConfig",
     "TiersConfig",
+    "expand_home",
     "parse_auto_count",
     "require",
     "to_plain",
@@ -108,6 +112,9 @@ class RunConfig:
     output: str = "outputs/run"
     """Folder of the run: result.json, rounds.jsonl, Hydra's record of the configuration. It is the run's alone while it
     runs: where another run is at work it is refused. What an earlier run left there is replaced."""
+
+    def __post_init__(self) -> None:
+        expand_home(self, "", "output")
 
     @property
     def uses_drafter(self) -> bool:

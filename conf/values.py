@@ -1,5 +1,6 @@
 """Legal values of the configuration: words, limits, and the error that refuses others. Standard library only."""
 
+import os
 import re
 from enum import StrEnum
 
@@ -9,6 +10,8 @@ NEVER, ADAPTIVE = "never", "adaptive"
 """Words of cache.retrieval.rebuild beside numbers of verifications."""
 LOOKUP_DRAFTER, NO_DRAFTER = "lookup", "none"
 """Words of model.drafter beside names of models."""
+STANDARD_INPUT = "-"
+"""Word of prompt.path beside names of files."""
 GREEDY_BELOW_TEMPERATURE = 1e-5
 """A temperature below it is greedy decoding."""
 
@@ -135,6 +138,21 @@ def require(condition: bool, key: str, value: object, rule: str) -> None:
     """Raises ConfigError "<key> is <value>; it must be <rule>" unless `condition` holds."""
     if not condition:
         raise ConfigError(f"{key} is {value!r}; it must be {rule}")
+
+
+def expand_home(config: object, prefix: str, *names: str) -> None:
+    """Replaces ~ and ~user at the beginning of the paths that these fields of `config` have; null stays null.
+
+    Raises ConfigError, with `prefix` before the field's name, where there is no such user.
+    """
+    for name in names:
+        path = getattr(config, name)
+        if isinstance(path, str) and path.startswith("~"):
+            expanded = os.path.expanduser(path)
+            user = path.partition("/")[0][1:]
+            rule = f"~ or a user's, and there is no user {user!r}; what is itself called so is written ./{path}"
+            require(not expanded.startswith("~"), f"{prefix}{name}", path, rule)
+            setattr(config, name, expanded)
 
 
 def parse_auto_count(key: str, value: str, words: tuple[str, ...], minimum: int = 0) -> int | str:

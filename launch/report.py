@@ -10,6 +10,7 @@ Exit codes: 0 done; 2 nothing that could be drawn.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib import import_module, util
 from pathlib import Path
@@ -45,11 +46,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=rest, usage=summary.partition(": ")[2], formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("source", type=Path, help="folder of a sweep or of runs, or a table.csv or table.parquet")
-    parser.add_argument("--output", type=Path, help="where the report goes; default: report/ beside the table")
+    parser.add_argument("source", type=_path, help="folder of a sweep or of runs, or a table.csv or table.parquet")
+    parser.add_argument("--output", type=_path, help="where the report goes; default: report/ beside the table")
     parser.add_argument("--where", action="append", default=[], metavar="KEY=VALUE", help="only runs with this setting")
     parser.add_argument("--formats", default=",".join(FORMATS), help="of the figures; default: %(default)s")
     return parser
+
+
+def _path(text: str) -> Path:
+    """A path; shells leave the ~ of --output=~/figures to us."""
+    return Path(os.path.expanduser(text))
 
 
 def _condition(text: str) -> tuple[str, str]:

@@ -11,6 +11,7 @@ import copy
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import cast
 
@@ -25,8 +26,10 @@ from rich.console import Console
 from conf.schema import ConfigError, RunConfig
 from launch.assembly.run_folder import EXAMPLE, claim
 from launch.assembly.start_checks import check_start, unwritable
+from launch.command_line.as_typed import as_typed
+from launch.command_line.cluster import Place, check_meeting_point, read_place
 from launch.command_line.interruption import Interruption
-from launch.command_line.outcome import ExitCode, as_typed, fail, refuse
+from launch.command_line.outcome import ExitCode, fail, refuse, shown_path
 from launch.command_line.overrides import CONFIG_FOLDER, explained, read_config, start_timeout_s, to_config
 from launch.command_line.program import program
 from launch.command_line.streams import reason_output_is_lost
@@ -40,16 +43,42 @@ HYDRA_RECORDS = ".hydra"
 FULL_ERRORS = "HYDRA_FULL_ERROR"
 """Environment: Hydra raises what it would else print."""
 
+REFUSAL_SECONDS = 2.0
+"""Time for rank 0 to say what is refused, before another rank ends."""
+
 
 @program
 def main(argv: list[str]) -> int:
     """The orchestrator of a run; on any other rank the guard of its worker."""
-    if os.environ.get("RANK", "0") != "0":
+    place = read_place(os.environ)
+    if place.world_size > 1 and is_multirun(argv):
+        return refuse_several_runs(place)
+    if place.rank != 0:
+        check_meeting_point(os.environ)
         return Guard(start_timeout_s(argv)).run()
     # Hydra's own flags (--help, --cfg job, --multirun) bring their own syntax: it checks what it composes.
     if not any(item.startswith("-") for item in argv):
         check_start(read_config(argv))
-    return run_hydra(argv)
+    return run_hydra([as_typed(item, RunConfig, is_sweep=is_multirun(argv)) for item in argv])
+
+
+def is_multirun(argv: list[str]) -> bool:
+    """Whether Hydra is asked for several runs."""
+    flags = [item for item in argv if item.startswith("-")]
+    is_flag = any(item == "-m" or (len(item) > len("--") and "--multirun".startswith(item)) for item in flags)
+    return is_flag or "hydra.mode=multirun" in map(str.lower, argv)
+
+
+def refuse_several_runs(place: Place) -> int:
+    """Refuses them to processes that torchrun started once. Raises ConfigError in the one that is to say so."""
+    if place.rank == 0:
+        raise ConfigError(
+            f"--multirun over {place.world_size} processes: torchrun starts them for one run; it must be "
+            f"python launch/sweep.py -m processes={place.world_size} ..., which starts torchrun for each run"
+        )
+    # torchrun ends all when the first of them ends, and rank 0 has something to say.
+    time.sleep(REFUSAL_SECONDS)
+    return ExitCode.refused
 
 
 def run_hydra(argv: list[str]) -> int:
@@ -112,19 +141,19 @@ def write_configuration(composed: DictConfig, folder: Path) -> None:
         for name, record in records.items():
             OmegaConf.save(record, folder / HYDRA_RECORDS / f"{name}.yaml")
     except OSError as error:
-        raise unwritable("output", as_typed(folder), error, EXAMPLE) from None
+        raise unwritable("output", shown_path(folder), error, EXAMPLE) from None
 
 
 def run(config: RunConfig, folder: Path, console: Console | None = None) -> ExitCode:
     """One run with all its errors; the exit code."""
-    config.output = as_typed(folder)
+    config.output = shown_path(folder)
     display, interruption = Display(console or Console()), Interruption()
     generation = GenerationRun(config=config, folder=folder, display=display, interruption=interruption)
     try:
         with interruption, display:
             code = generation.run()
         if (reason := reason_output_is_lost()) is not None:
-            path = as_typed(folder / RESULT)
+            path = shown_path(folder / RESULT)
             print(f"tierforce: standard output is lost ({reason}); the result is in {path}", file=sys.stderr)
         return code
     except KeyboardInterrupt:

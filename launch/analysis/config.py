@@ -10,7 +10,16 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 
 from conf.model_source import model_source
-from conf.schema import ConfigError, ModelConfig, PlacementConfig, PromptConfig, SamplingConfig, require
+from conf.schema import (
+    STANDARD_INPUT,
+    ConfigError,
+    ModelConfig,
+    PlacementConfig,
+    PromptConfig,
+    SamplingConfig,
+    expand_home,
+    require,
+)
 from launch.assembly.start_checks import check_folder
 from launch.prompts.document import check_document
 from launch.prompts.needle import NeedleForm
@@ -65,10 +74,11 @@ class AnalyzeConfig:
     """Folder of tables and figures."""
 
     def __post_init__(self) -> None:
+        expand_home(self, "", "output")
         legal = (
             self.documents is None
             or isinstance(self.documents, dict)
-            and all(isinstance(path, str) for path in self.documents.values())
+            and all(isinstance(path, str) and path != STANDARD_INPUT for path in self.documents.values())
         )
         require(legal, "documents", self.documents, "null, or names and text files, for example {book: book.txt}")
         for key in ("context", "new_tokens", "chunk_size", "rounds_of"):
@@ -84,7 +94,11 @@ class AnalyzeConfig:
     def named_documents(self) -> dict[str, PromptConfig]:
         """The prompt of each document, by its name."""
         documents: dict[str, str | None] = self.documents or {STANDARD_LIBRARY: None}
-        return {name: PromptConfig(path=path, max_tokens=self.context) for name, path in documents.items()}
+        prompts = {}
+        for name, path in documents.items():
+            with said_of_document(name):
+                prompts[name] = PromptConfig(path=path, max_tokens=self.context)
+        return prompts
 
 
 ConfigStore.instance().store(name="analyze_schema", node=AnalyzeConfig)

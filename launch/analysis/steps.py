@@ -12,7 +12,7 @@ from rich.console import Console
 from launch.analysis.config import AnalyzeConfig
 from launch.analysis.observations import Observations
 from launch.analysis.summary import show, summarise, write_summary, write_tables
-from launch.command_line.outcome import as_typed
+from launch.command_line.outcome import shown_path
 
 
 def analyze(config: AnalyzeConfig, console: Console) -> None:
@@ -33,12 +33,12 @@ def analyze(config: AnalyzeConfig, console: Console) -> None:
     summaries = summarise(config, observations.rows)
     show(console, summaries)
     write_summary(folder, settings_of(config), summaries)
-    console.print(f"tables and summary.md in {as_typed(folder)}", highlight=False)
+    console.print(f"tables and summary.md in {shown_path(folder)}", highlight=False)
     if find_spec("matplotlib") is None:
         console.print("no figures: matplotlib is not installed (pip install -e '.[report]')", markup=False)
         return
     for path in import_module("launch.analysis.figures").draw_all(folder, config, observations.rows):
-        console.print(as_typed(path), highlight=False)
+        console.print(shown_path(path), highlight=False)
 
 
 def settings_of(config: AnalyzeConfig) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from conf.schema import ConfigError
 from launch.assembly.start_checks import unwritable
-from launch.command_line.outcome import as_typed
+from launch.command_line.outcome import shown_path
 from orchestrator.run_files import RESULT, ROUNDS
 
 LOCK = "run.lock"
@@ -48,10 +48,10 @@ def claim(folder: Path, *, is_chosen: bool) -> RunFolder:
         except OSError as error:
             with suppress(OSError):
                 path.rmdir()  # if it is empty
-            raise unwritable("output", as_typed(folder), error, EXAMPLE, path) from None
+            raise unwritable("output", shown_path(folder), error, EXAMPLE, path) from None
         if lock is None and is_chosen:
             raise ConfigError(
-                f"output is {as_typed(folder)!r}, where another run is at work ({_owner(path / LOCK)}); it must be a "
+                f"output is {shown_path(folder)!r}, where another run is at work ({_owner(path / LOCK)}); it must be a "
                 f"folder of its own, for example {folder.name}-2"
             )
         if lock is None:

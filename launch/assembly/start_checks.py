@@ -8,6 +8,7 @@ from pathlib import Path
 
 from conf.model_source import model_source
 from conf.schema import LOOKUP_DRAFTER, NO_DRAFTER, ConfigError, RunConfig
+from launch.command_line.cluster import check_meeting_point, read_place
 from launch.prompts.document import check_document
 from orchestrator.placement import place
 
@@ -20,6 +21,8 @@ def check_start(config: RunConfig, num_processes: int | None = None) -> None:
     `num_processes` is the run's number of processes, if not those that torchrun started.
     """
     place(config.placement, num_processes or world_size())
+    if num_processes is None and world_size() > 1:
+        check_meeting_point(os.environ)
     check_folder("output", config.output, "outputs/run")
     if config.tiers.disk.folder is not None:
         check_folder("tiers.disk.folder", config.tiers.disk.folder, "outputs/disk")
@@ -30,8 +33,8 @@ def check_start(config: RunConfig, num_processes: int | None = None) -> None:
 
 
 def world_size() -> int:
-    """Number of processes that torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of processes that torchrun started; 1 without it. Raises ConfigError."""
+    return read_place(os.environ).world_size
 
 
 def check_folder(key: str, folder: str, example: str) -> None:

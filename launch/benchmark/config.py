@@ -9,7 +9,17 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.schema import ConfigError, Dtype, FullCacheTier, GenerationConfig, Mode, PlacementKind, RunConfig, require
+from conf.schema import (
+    STANDARD_INPUT,
+    ConfigError,
+    Dtype,
+    FullCacheTier,
+    GenerationConfig,
+    Mode,
+    PlacementKind,
+    RunConfig,
+    require,
+)
 from launch.command_line.overrides import check_override, compose_program, parse_override
 
 PEER_NAMES = (
@@ -96,6 +106,9 @@ class BenchConfig(RunConfig):
     grid: GridConfig = field(default_factory=GridConfig)
 
     def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
+        legal = self.prompt.path != STANDARD_INPUT
+        require(legal, "prompt.path", self.prompt.path, "a file, which each cell reads anew, for example book.txt")
         for name in self.peers:
             require(name in PEER_NAMES, "peers", name, f"a list of some of {', '.join(PEER_NAMES)}")
         for name in self.contenders:
@@ -137,21 +150,14 @@ ConfigStore.instance().store(name="bench_schema", node=BenchConfig)
 def read_bench_config(overrides: list[str]) -> BenchConfig:
     """The configuration that these overrides make. Raises ConfigError."""
     keys = "conf/schema.py, launch/benchmark/config.py"
-    config = compose_program("bench", [_quoted(text) for text in overrides], keys)
+    config = compose_program("bench", [_with_plus(text) for text in overrides], keys)
     assert isinstance(config, BenchConfig)
     return config
 
 
-def _quoted(text: str) -> str:
-    """An override in Hydra's grammar, which wants a value that has an equals sign in quotes, and a plus before a new
-    name."""
-    key, _, value = text.partition("=")
-    if not key.startswith("contenders."):
-        return text
-    if value[:1] in ("'", '"'):
-        return f"++{text}"
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'++{key}="{escaped}"'
+def _with_plus(text: str) -> str:
+    """An override in Hydra's grammar, which wants a plus before a new name."""
+    return f"++{text}" if text.startswith("contenders.") else text
 
 
 def most_per_round(config: RunConfig) -> int:

@@ -76,10 +76,10 @@ def write_traceback(error: Exception, path: Path) -> str:
         path.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="backslashreplace")
     except OSError as failure:
         return f"no traceback written: {failure.strerror}"
-    return f"traceback: {as_typed(path)}"
+    return f"traceback: {shown_path(path)}"
 
 
-def as_typed(path: Path) -> str:
+def shown_path(path: Path) -> str:
     """A path as one would type it here: relative where it is below the current folder, else absolute."""
     path = path.absolute()
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -7,6 +7,7 @@ itself and against the schema, and then all together by composing the configurat
 from __future__ import annotations
 
 import difflib
+import os
 import typing
 from dataclasses import fields, is_dataclass
 from enum import StrEnum
@@ -22,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.schema import AUTO, ConfigError, PlacementConfig, RunConfig
+from launch.command_line.as_typed import as_typed, is_in_quotes
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "conf"
 GROUPS = ("model", "placement")
@@ -30,6 +32,8 @@ MAX_LIST_CHARS = 10_000
 """Of a list or dictionary; Hydra takes seconds to parse a longer one."""
 
 ConfigStore.instance().store(name="run_schema", node=RunConfig)
+# Hydra makes a run's folder before the configuration is an object that has expanded its paths.
+OmegaConf.register_new_resolver("expand_home", os.path.expanduser, replace=True)
 
 
 def read_config(overrides: list[str]) -> RunConfig:
@@ -39,7 +43,7 @@ def read_config(overrides: list[str]) -> RunConfig:
         check_override(override)
     try:
         with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-            return to_config(hydra.compose("run", overrides=overrides))
+            return to_config(hydra.compose("run", overrides=[as_typed(text, RunConfig) for text in overrides]))
     except (HydraException, OmegaConfBaseException) as error:
         raise explained(error, parsed) from None
 
@@ -72,30 +76,35 @@ def compose_program(name: str, overrides: list[str], keys: str) -> Any:
             defaults = OmegaConf.to_yaml(hydra.compose(name))
         print(f"{defaults}\n# Change them by key=value; what each means: {keys}")
         raise SystemExit(0)
+    schema = OmegaConf.get_type(ConfigStore.instance().load(f"{name}_schema.yaml").node)
+    assert schema is not None
     try:
         with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-            return OmegaConf.to_object(hydra.compose(name, overrides=overrides))
+            return OmegaConf.to_object(hydra.compose(name, overrides=[as_typed(text, schema) for text in overrides]))
     except (HydraException, OmegaConfBaseException) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
-        raise ConfigError(f"{' '.join(overrides)} was refused: {reason} (keys: {keys})") from None
+        message = f"{' '.join(overrides)} was refused: {reason} (keys: {keys})"
+        raise ConfigError(message + reference_hint(message)) from None
 
 
-def parse_override(text: str) -> Override:
+def parse_override(text: str, schema: type = RunConfig, *, is_sweep: bool = False) -> Override:
+    """The override of this text, texts in it as they were typed (see as_typed). Raises ConfigError."""
     key, equals, value = text.partition("=")
     if not key or not (equals or key.startswith("~")):
         raise ConfigError(f"{shortened(text)!r} must be key=value, for example decoding.gamma1=2")
     if any("\ud800" <= character <= "\udfff" for character in text):  # so Python shows bytes that are not UTF-8
         raise ConfigError(f"{key} is {shortened(value)!r}; it must be UTF-8: convert it, or put it into a file")
-    if value[:1] in ("[", "{") and len(value) > MAX_LIST_CHARS:
+    text = as_typed(text, schema, is_sweep=is_sweep)
+    if text.partition("=")[2][:1] in ("[", "{") and len(value) > MAX_LIST_CHARS:
         raise ConfigError(f"{key} is {shortened(value)!r}; it must have at most {MAX_LIST_CHARS} characters")
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"{key} is {shortened(value)!r}, which cannot be parsed ({reason}); a value with spaces or special "
-            f"characters must be quoted twice: '{key}=\"...\"'"
-        ) from None
+        known = key.lstrip("+") in schema_kinds(schema)
+        rule = f"; it must be {legal_value(key.lstrip('+'), schema)}" if known else ""
+        quotes = "; between commas, texts with special characters must be in quotes" if set(value) & set("[{,") else ""
+        raise ConfigError(f"{key} is {shortened(value)!r}, which cannot be parsed ({reason}){rule}{quotes}") from None
 
 
 def check_override(override: Override, schema: type = RunConfig, groups: tuple[str, ...] = GROUPS) -> None:
@@ -121,9 +130,13 @@ def check_override(override: Override, schema: type = RunConfig, groups: tuple[s
         # Of key={inner: value} the inner key is at fault.
         inner = error.full_key if error.full_key in kinds else key
         subject = "it" if inner == key else inner
-        raise ConfigError(f"{key} is {text_of(override)!r}; {subject} must be {legal_value(inner, schema)}") from None
+        rule = legal_value(inner, schema) + reference_hint(text_of(override))
+        raise ConfigError(f"{key} is {text_of(override)!r}; {subject} must be {rule}") from None
     value = override.value()
-    if is_auto_count(kinds[key][0]) and isinstance(value, str) and value != AUTO:
+    is_nested = (
+        kinds[key][0] == list[str] and isinstance(value, list) and not all(isinstance(item, str) for item in value)
+    )
+    if is_nested or (is_auto_count(kinds[key][0]) and isinstance(value, str) and value != AUTO):
         raise ConfigError(f"{key} is {text_of(override)!r}; it must be {legal_value(key, schema)}")
 
 
@@ -169,7 +182,7 @@ def legal_value(key: str, schema: type = RunConfig) -> str:
     or_null = " or null" if type(None) in types else " or auto" if is_auto_count(kind) else ""
     if types[0] is bool:
         return words + or_null
-    example = default if default is not None else {int: 1000, float: 8, str: f"'{key}=\"some, text\"'"}[types[0]]
+    example = default if default is not None else {int: 1000, float: 8, str: f'{key}="some, text"'}[types[0]]
     return f"{words}{or_null}, for example {example}"
 
 
@@ -187,8 +200,14 @@ def unknown_key(key: str, value: str, schema: type) -> str:
 
 
 def text_of(override: Override) -> str:
-    """The value as it was typed."""
-    return shortened((override.input_line or "").partition("=")[2])
+    """The value as it was typed, but for quotes around the whole of it."""
+    value = (override.input_line or "").partition("=")[2]
+    return shortened(str(override.value()) if is_in_quotes(value) else value)
+
+
+def reference_hint(text: str) -> str:
+    """What to say where a text was refused that has a reference, or what reads as one."""
+    return "; ${...} refers to another key, and \\${ is a literal ${" if "${" in text else ""
 
 
 def shortened(text: str) -> str:
@@ -202,6 +221,6 @@ def explained(error: Exception, overrides: list[Override]) -> ConfigError:
     culprits = [item for item in overrides if item.key_or_group == full_key or (item.input_line or "?") in str(error)]
     if not culprits:
         return ConfigError(f"the configuration was refused: {reason}")
-    key = culprits[0].key_or_group
+    key, value = culprits[0].key_or_group, text_of(culprits[0])
     legal = f"; it must be {legal_value(key)}" if key in schema_kinds() else ""
-    return ConfigError(f"{shortened(culprits[0].input_line or '')!r} was refused ({reason}){legal}")
+    return ConfigError(f"{f'{key}={value}'!r} was refused ({reason}){legal}{reference_hint(value)}")

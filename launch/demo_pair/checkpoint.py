@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 from conf.model_shapes import PUBLISHED, ModelShape, model_shape
 from conf.model_source import model_source
-from conf.schema import ConfigError, Dtype, require
+from conf.schema import ConfigError, Dtype, expand_home, require
 from launch.demo_pair.widening import Widening, make_noise
 from workers.models.sharded_weights import weight_files
 
@@ -65,6 +65,7 @@ class WidenConfig:
     """Folder that the checkpoint is written to; one that is there is overwritten."""
 
     def __post_init__(self) -> None:
+        expand_home(self, "", "source", "shape", "output")
         legal = self.dtype in (Dtype.bfloat16, Dtype.float32)
         require(legal, "dtype", str(self.dtype), "bfloat16 or float32")
         for key in SIZE_KEYS:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from hydra.core.config_store import ConfigStore
 
-from conf.schema import require
+from conf.schema import expand_home, require
 
 
 @dataclass(kw_only=True, slots=True)
@@ -107,6 +107,7 @@ class TrainDemoConfig:
     """How an earlier pair's drafter goes on, instead of `drafter`."""
 
     def __post_init__(self) -> None:
+        expand_home(self, "", "books", "work", "assets", "refine_pair")
         require(self.books is not None, "books", self.books, "a folder with .txt files, for example books=texts")
         require(self.threads >= 1, "threads", self.threads, ">= 1")
         require(self.workers >= 0, "workers", self.workers, ">= 0")

@@ -14,6 +14,7 @@ input; 130 interrupted.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ from conf.schema import (
     RunConfig,
     SamplingConfig,
     StreamingCacheConfig,
+    expand_home,
     require,
 )
 from launch.analysis.compared_rules import HEAVY_HITTER, ORACLE, PAGE_BOUND, TOP_K
@@ -102,6 +104,7 @@ class MeasureAcceptanceConfig:
     """Folder for rows.jsonl and table.md."""
 
     def __post_init__(self) -> None:
+        expand_home(self, "", "target", "drafter", "output")
         legal = isinstance(self.documents, dict) and bool(self.documents)
         require(legal, "documents", self.documents, "names and text files, for example documents={book: book.txt}")
         for key in ("contexts", "budgets"):
@@ -247,7 +250,10 @@ def measure(settings: MeasureAcceptanceConfig) -> None:
     prepared = prepare(config)
     assert prepared.drafter is not None
     num_chars = MAX_CHARS_PER_TOKEN * max(settings.contexts)
-    texts = {name: read_document(name, Path(path))[:num_chars] for name, path in settings.documents.items()}
+    texts = {
+        name: read_document(name, Path(os.path.expanduser(path)))[:num_chars]
+        for name, path in settings.documents.items()
+    }
     target, drafter = (
         load_model(facts, prepared.device, self_check=False) for facts in (prepared.target, prepared.drafter)
     )

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from hydra.core.config_store import ConfigStore
 
-from conf.schema import require
+from conf.schema import expand_home, require
 
 
 class GpuPart(StrEnum):
@@ -64,6 +64,7 @@ class MeasureGpuConfig:
     output: str = "outputs/gpu"
 
     def __post_init__(self) -> None:
+        expand_home(self, "", "models", "output")
         for cell in self.cells:
             require(cell in list(GpuPart), "cells", cell, f"of {', '.join(GpuPart)}")
         require(self.repetitions >= 1, "repetitions", self.repetitions, ">= 1")

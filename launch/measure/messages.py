@@ -21,6 +21,7 @@ from hydra.core.config_store import ConfigStore
 
 from conf.schema import PlacementConfig, PlacementKind, RunConfig, require
 from launch.assembly.start_checks import world_size
+from launch.command_line.cluster import read_place
 from launch.command_line.outcome import ExitCode
 from launch.command_line.overrides import compose_program
 from launch.command_line.program import program
@@ -141,7 +142,7 @@ def _cells(crew: Crew, placement: Placement, vocab_size: int, config: MeasureMes
 def main(argv: list[str]) -> int:
     if guard.PIPE in os.environ or guard.ENDPOINTS in os.environ:
         return worker_process.main(InstantRoles)
-    if os.environ.get("RANK", "0") != "0":
+    if read_place(os.environ).rank != 0:
         return guard.Guard(PlacementConfig().start_timeout_s, worker_module="launch.measure.messages").run()
     measure(compose_program("measure_messages", argv, "launch/measure/messages.py"))
     return ExitCode.done

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from conf.schema import ConfigError, Coupling, Overlap, PlacementKind, RunConfig, require
 from launch.assembly.session_run import make_seed
 from launch.assembly.start_checks import check_start, world_size
+from launch.command_line.cluster import read_place
 from launch.command_line.outcome import ExitCode
 from launch.command_line.overrides import read_config, start_timeout_s
 from launch.command_line.program import program
@@ -178,7 +179,7 @@ def measure(argv: list[str], tables: Mapping[str, Table] = TABLES) -> None:
 
 @partial(program, prints_result=True)
 def main(argv: list[str]) -> int:
-    if os.environ.get("RANK", "0") != "0":
+    if read_place(os.environ).rank != 0:
         return Guard(start_timeout_s([])).run()
     if {"--help", "-h"} & set(argv):
         print(__doc__)

@@ -24,7 +24,7 @@ from typing import TypeAlias
 import torch
 from hydra.core.config_store import ConfigStore
 
-from conf.schema import ConfigError, require
+from conf.schema import ConfigError, expand_home, require
 from launch.assembly.role_builder import hidden_share
 from launch.command_line.outcome import ExitCode
 from launch.command_line.overrides import compose_program
@@ -73,6 +73,7 @@ class MeasureStreamConfig:
     """Plain reads and streams, in turns."""
 
     def __post_init__(self) -> None:
+        expand_home(self, "", "folder")
         for key in ("mib", "num_kv_heads", "head_dim", "num_new", "threads", "repetitions"):
             require(getattr(self, key) >= 1, key, getattr(self, key), ">= 1")
         for key in ("block_mib", "buffers", "readers"):

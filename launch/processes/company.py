@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import subprocess
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -19,7 +20,7 @@ from torch.distributed.distributed_c10d import Store
 from conf.schema import RunConfig
 from launch.processes.guard import CLOSING_SECONDS, ENDPOINTS
 from launch.processes.python_module import start_module
-from launch.processes.rendezvous import publish_endpoints
+from launch.processes.rendezvous import NOTICE_SECONDS, meeting_point, publish_endpoints
 from orchestrator.calls import RunFailedError
 from orchestrator.crew import Crew
 from orchestrator.health import TimeLimits
@@ -59,6 +60,7 @@ class Company:
         self.crew = Crew(self._hub, placement, limits, note)
         self.crew.look_around = self._look_around
         self._start_s, self._look_elsewhere = config.placement.start_timeout_s, look_around
+        self._note, self._awaited_since, self._has_told = note, 0.0, False
 
     @property
     def endpoints(self) -> Endpoints:
@@ -71,14 +73,30 @@ class Company:
             environment = os.environ | {ENDPOINTS: msgspec.json.encode(self.endpoints).decode(), "RANK": "0"}
             self._guards.append(start_module(GUARD_MODULE, environment))
         if len(self.placement.worker_ranks) > len(self._guards):
-            self._meeting_place = publish_endpoints(self.endpoints, self._start_s)
+            self._meeting_place = publish_endpoints(self.endpoints, self._start_s, self._note)
 
     def _look_around(self) -> None:
         """Raises RunFailedError where a guard of this rank has ended; torchrun looks after those of other ranks."""
         self._look_elsewhere()
+        if not self._has_told:
+            self._tell_who_is_awaited()
         for guard in self._guards:
             if (exit_code := guard.poll()) is not None:
                 raise RunFailedError("+".join(self.placement.roles_of(0)), 0, f"its guard ended with code {exit_code}")
+
+    def _tell_who_is_awaited(self) -> None:
+        """Names the ranks that have not come, once, when they have been waited for a while; rank 0 is this host's."""
+        self._awaited_since = self._awaited_since or time.monotonic()
+        awaited = [member for member in self.crew.members.values() if member.rank != 0 and not member.pid]
+        if not awaited:
+            self._has_told = True
+        elif time.monotonic() - self._awaited_since > NOTICE_SECONDS:
+            self._has_told = True
+            ranks = ", ".join(f"{member.rank} ({member.name})" for member in awaited)
+            self._note(
+                f"waiting for rank{'s' if len(awaited) > 1 else ''} {ranks} at {meeting_point()}, for "
+                f"{self._start_s:g} s (placement.start_timeout_s) at most"
+            )
 
     def store(self) -> tuple[str, int]:
         """Host and port where the ranks of a sharded model find each other."""

@@ -13,7 +13,7 @@ from launch.assembly.session_run import fit_to_model, make_metrics, make_seed, n
 from launch.assembly.start_checks import unwritable, world_size
 from launch.assembly.task import Task
 from launch.command_line.interruption import Interruption
-from launch.command_line.outcome import ExitCode, as_typed
+from launch.command_line.outcome import ExitCode, shown_path
 from launch.prompts.prompt import Prompt, make_prompt, read_workload
 from orchestrator.display import Display
 from orchestrator.metrics import Metrics
@@ -170,7 +170,7 @@ class GenerationRun:
             self.display.add_text(session.text_stream.take_pieces())
         for name, why in report.incomplete.items():
             self.display.note(f"{name} is incomplete: {why}")
-        self.display.finish(result, as_typed(path))
+        self.display.finish(result, shown_path(path))
         return ExitCode.done if session is not None and session.is_finished else ExitCode.interrupted
 
     def _save_what_there_is(self, report: Report, failure: Exception) -> None:

@@ -10,7 +10,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from conf.schema import ConfigError, PromptConfig
+from conf.schema import STANDARD_INPUT, ConfigError, PromptConfig
 from launch.prompts.encodings import NotUtf8Error, decoded
 from launch.prompts.published_texts import check_item, read_item
 
@@ -47,8 +47,23 @@ def check_document(config: PromptConfig) -> None:
     """Checks of a document what needs no tokenizer; raises ConfigError. A pipe is not read: its text comes once."""
     if config.dataset is not None:
         check_item(config.dataset, config.path, config.item)
+    elif config.path == STANDARD_INPUT:
+        _check_standard_input()
     elif not is_built_in(config) and can_be_read_again(config):
         next(text_pieces(config), None)
+
+
+def _check_standard_input() -> None:
+    """Raises ConfigError where nothing can come from there: a terminal is none that books are typed at."""
+    try:
+        is_terminal = os.isatty(0)
+        os.fstat(0)
+    except OSError:
+        raise ConfigError("prompt.path is '-', standard input, which is closed; it must be a file or a pipe") from None
+    if is_terminal:
+        raise ConfigError(
+            "prompt.path is '-', standard input, which is the terminal; it must be a file or a pipe: < book.txt"
+        )
 
 
 def is_built_in(config: PromptConfig) -> bool:
@@ -59,6 +74,8 @@ def is_built_in(config: PromptConfig) -> bool:
 def can_be_read_again(config: PromptConfig) -> bool:
     """Whether reading the document leaves it as it was; a pipe's text comes only once."""
     path = config.path
+    if path == STANDARD_INPUT:
+        return False
     return path is None or not os.path.exists(path) or os.path.isfile(path) or os.path.isdir(path)
 
 
@@ -105,7 +122,7 @@ def _checked_text(text: str) -> str:
 def _file_pieces(path: str) -> Iterator[str]:
     is_empty = True
     try:
-        with open(path, "rb") as file:
+        with open(0, "rb", closefd=False) if path == STANDARD_INPUT else open(path, "rb") as file:
             for piece in decoded(file):
                 is_empty = is_empty and not piece
                 yield piece
@@ -119,7 +136,8 @@ def _file_pieces(path: str) -> Iterator[str]:
     except OSError as error:
         raise _path_error(path, f"which cannot be read ({error.strerror})") from None
     if is_empty:
-        raise _path_error(path, "which is empty")
+        nothing = "standard input, which has nothing, or nothing more, to read"
+        raise _path_error(path, nothing if path == STANDARD_INPUT else "which is empty")
 
 
 def _path_error(path: str, what: str) -> ConfigError:

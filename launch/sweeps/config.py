@@ -17,8 +17,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.schema import ConfigError, RunConfig, require
+from conf.schema import STANDARD_INPUT, ConfigError, RunConfig, require
 from launch.assembly.start_checks import check_start
+from launch.command_line.as_typed import as_typed
 from launch.command_line.overrides import CONFIG_FOLDER, GROUPS, check_override, explained, parse_override
 from launch.sweeps.table import METRICS
 
@@ -47,6 +48,9 @@ class SweepConfig(RunConfig):
     """A job that takes longer is ended, and has failed; null: no limit."""
 
     def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
+        legal = self.prompt.path != STANDARD_INPUT
+        require(legal, "prompt.path", self.prompt.path, "a file, which each job reads anew, for example book.txt")
         require(self.processes >= 1, "processes", self.processes, ">= 1, for example 5 for a pipeline")
         require(self.repeat >= 1, "repeat", self.repeat, ">= 1, for example 3")
         legal = self.repetition is None or self.repetition >= 1
@@ -92,7 +96,8 @@ def read_sweep(overrides: list[str], *, is_multirun: bool) -> Sweep:
 
     Raises ConfigError for what can be right in no job; a combination of the grid may still be refused.
     """
-    parsed = [parse_override(text) for text in overrides]
+    overrides = [as_typed(text, SweepConfig, is_sweep=is_multirun) for text in overrides]
+    parsed = [parse_override(text, SweepConfig, is_sweep=is_multirun) for text in overrides]
     fixed: list[str] = []
     axes: dict[str, list[str]] = {}
     for text, override in zip(overrides, parsed, strict=True):
@@ -125,12 +130,12 @@ def _add_axis(axes: dict[str, list[str]], override: Override) -> None:
     if key in NOT_SWEPT or key.partition(".")[0].partition("/")[0] == "hydra":
         raise ConfigError(f"{override.input_line!r} sweeps over {key}; it must have one value")
     if not override.is_discrete_sweep():
-        check_override(parse_override(f"{key}=0"), SweepConfig, SWEEP_GROUPS)
+        check_override(parse_override(f"{key}=0", SweepConfig), SweepConfig, SWEEP_GROUPS)
         axes[key] = []
         return
     axes[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
     for text in axes[key]:
-        check_override(parse_override(text), SweepConfig, SWEEP_GROUPS)
+        check_override(parse_override(text, SweepConfig), SweepConfig, SWEEP_GROUPS)
 
 
 def _axes_of_experiment(sweeper: DictConfig, overridden: set[str]) -> dict[str, list[str]]:
@@ -138,11 +143,12 @@ def _axes_of_experiment(sweeper: DictConfig, overridden: set[str]) -> dict[str, 
     axes: dict[str, list[str]] = {}
     for key, values in (sweeper.get("params") or {}).items():
         if key not in overridden:
-            override = parse_override(f"{key}={values}")
+            text = as_typed(f"{key}={values}", SweepConfig, is_sweep=True)
+            override = parse_override(text, SweepConfig, is_sweep=True)
             if override.is_sweep_override():
                 _add_axis(axes, override)
             else:
-                axes[key] = [f"{key}={values}"]
+                axes[key] = [text]
     return axes
 
 
@@ -168,7 +174,7 @@ def _grid(axes: dict[str, list[str]], fixed: list[str], parsed: list[Override]) 
             of_groups[groups] = _composed([*fixed, *groups], parsed)
         cfg = copy.deepcopy(of_groups[groups])
         for text in set(texts) - set(groups):
-            override = parse_override(text)
+            override = parse_override(text, SweepConfig)
             OmegaConf.update(cfg, override.key_or_group, override.value())
         refusal = refusal_of(cfg)
         if refusal is None:

@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 from omegaconf import DictConfig, OmegaConf
 
 from conf.schema import ConfigError, RunConfig
+from launch.command_line.as_typed import quoted
 from launch.command_line.outcome import FAILURE_LOG, ExitCode
 from launch.command_line.timing import Stopwatch
 from launch.sweeps.config import refusal_of
@@ -48,8 +49,6 @@ LOCK = ".lock"
 ID_CHARS = 12
 CLOSING_SECONDS = 20.0
 """A job that is asked to end has so long before it is killed."""
-PLAIN_TEXT = re.compile(r"[A-Za-z_][\w./-]*")
-WORDS_OF_HYDRA = ("null", "true", "false", "nan", "inf", "on", "off", "yes", "no")
 
 
 def run_jobs(cfg: DictConfig, program: Path = RUN_PROGRAM) -> float:
@@ -178,7 +177,7 @@ def jobs_of(cfg: DictConfig, program: Path = RUN_PROGRAM) -> list[SweepJob]:
     changes = {key: value for key, value in values.items() if value != defaults[key] and takes_part(key, mode)}
     repetition = config["repetition"]
     # Not resolved: jobs of one sweep agree on it wherever they are.
-    folder = Path(config["output"]).absolute()
+    folder = Path(config["output"]).expanduser().absolute()
     return [
         SweepJob(
             program=program,
@@ -208,11 +207,8 @@ def _literal(value: Any) -> str:
         return f"[{','.join(_literal(item) for item in value)}]"
     if not isinstance(value, str):
         return repr(value)
-    if PLAIN_TEXT.fullmatch(value) and value.lower() not in WORDS_OF_HYDRA:
-        return value
-    # A backslash is itself unless it stands before a quote, or before a reference, which is none here.
-    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
-    return "'" + re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value) + "'"
+    # A backslash is itself unless it stands before a reference, which is none here.
+    return quoted(re.sub(r"(\\*)\$\{", r"\1\1\\${", value))
 
 
 @contextmanager

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.text import Text
 
 from launch.command_line.interruption import Interruption
-from launch.command_line.outcome import ExitCode, as_typed
+from launch.command_line.outcome import ExitCode, shown_path
 from launch.command_line.overrides import CONFIG_FOLDER
 from launch.sweeps.config import Sweep, read_sweep
-from launch.sweeps.job import RUN_PROGRAM, jobs_of, run_jobs
+from launch.sweeps.job import RUN_PROGRAM, jobs_of, override_of, run_jobs
 from launch.sweeps.progress import SweepProgress, described, figures_of
 from launch.sweeps.table import JobStatus, axes_of, read_rows, write_table
 from orchestrator.display import harmless
@@ -37,12 +37,12 @@ def run_sweep(argv: list[str], console: Console, program: Path = RUN_PROGRAM) ->
 
 def run_all(sweep: Sweep, console: Console, program: Path, *, is_multirun: bool) -> int:
     """Runs all jobs; what they left is then in the table. Returns the exit code, which tells whether some failed."""
-    folder = Path(sweep.cfg.output).absolute()
+    folder = Path(sweep.cfg.output).expanduser().absolute()
     expected, axes = None, sweep.axes
     if sweep.grid is not None:
         jobs = {job.id: job for cfg in sweep.grid for job in jobs_of(cfg)}
         expected, axes = set(jobs), axes_of(job.row() for job in jobs.values())
-    flags = ["-m", f"hydra.sweep.dir={folder}"] if is_multirun else []
+    flags = ["-m", override_of("hydra.sweep.dir", str(folder))] if is_multirun else []
     # Launchers that start Python anew find the project there.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CONFIG_FOLDER.parent), os.environ.get("PYTHONPATH")]))
     progress = SweepProgress(folder, console, expected=expected, total=sweep.num_jobs, axes=axes)
@@ -68,7 +68,7 @@ def summarise(folder: Path, progress: SweepProgress, axes: list[str], console: C
     if len(timed) > 1:
         fastest = min(timed, key=lambda row: row["tbt_ms"])
         lines.append(f"fastest: {described(fastest, axes)}: {figures_of(fastest)}")
-    lines.append(f"{' and '.join(map(as_typed, paths))}: {len(rows)} rows")
+    lines.append(f"{' and '.join(map(shown_path, paths))}: {len(rows)} rows")
     for line in lines:
         console.print(Text(harmless(line)), soft_wrap=True, highlight=False)
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,9 +172,21 @@ REFUSED = [
     (["generation.max_new_tokens=0"], ["generation.max_new_tokens", "0", ">= 1"]),
     (["prompt.max_tokens=0"], ["prompt.max_tokens", "0", ">= 1"]),
     (["prompt.text="], ["prompt.text", "''", "at least one character"]),
-    (["prompt.text=Hello, world"], ["prompt.text", "'Hello, world'", '"some, text"']),
-    (["prompt.text=a (b"], ["prompt.text", "'a (b'", "quoted"]),
-    (["prompt.text=${nowhere}"], ["prompt.text", "${nowhere}", "a text"]),
+    (["generation.stop=[[a,b]]"], ["generation.stop", "'[[a,b]]'", "a list of texts"]),
+    (["generation.stop=[null]"], ["generation.stop", "'[null]'", "a list of texts"]),
+    (["generation.stop=[:(]"], ["generation.stop", "'[:(]'", "a list of texts", "in quotes"]),
+    (["generation.stop=['a,b]"], ["generation.stop", "['a,b]", "a list of texts", "in quotes"]),
+    (["decoding.gamma1=~3"], ["decoding.gamma1", "'~3'", "an integer or auto, for example 2"]),
+    (["model=~/llama"], ["model", "'~/llama'", "demo", "model.target="]),
+    (["prompt.text=${nowhere}"], ["prompt.text", "${nowhere}", "a text", "\\${ is a literal ${"]),
+    (["prompt.text=it costs ${5"], ["prompt.text", "'it costs ${5'", "a text", "\\${ is a literal ${"]),
+    (["output=null"], ["output", "'null'", "a text"]),
+    (["output=~nobody-here/runs"], ["output", "'~nobody-here/runs'", "no user 'nobody-here'", "./~nobody-here/runs"]),
+    (["prompt.path=~nobody-here/b"], ["prompt.path", "'~nobody-here/b'", "no user", "./~nobody-here/b"]),
+    (["tiers.disk.folder=~nobody-here"], ["tiers.disk.folder", "no user", "./~nobody-here"]),
+    (["model.drafter=~/no/such/model"], ["model.drafter", "no/such/model", "local folder"]),
+    (["prompt.path=2024.10"], ["prompt.path", "'2024.10'", "does not exist"]),
+    (["model.target=./1e3"], ["model.target", "'./1e3'", "hub id"]),
     (["prompt.text=???"], ["prompt.text", "???", "a text"]),
     (["prompt.text=a\udcff"], ["prompt.text", "udcff", "UTF-8"]),
     (["prompt.text=a", "prompt.path=b"], ["prompt.text", "'a'", "prompt.path"]),
@@ -198,10 +211,8 @@ REFUSED = [
     (["gamma"], ["'gamma'", "key=value", "decoding.gamma1=2"]),
     (["="], ["'='", "key=value", "decoding.gamma1=2"]),
     (["=3"], ["'=3'", "key=value", "decoding.gamma1=2"]),
-    (["prompt.text=" + "(" * 100_000], ["prompt.text", "((((", "quoted"]),
-    (["prompt.text='a\n\tb"], ["prompt.text", "a\\n\\tb", "quoted"]),
+    (["sampling.top_k=" + "(" * 100_000], ["sampling.top_k", "((((", "an integer"]),
     (["prompt.text=${no\nwhere}"], ["prompt.text", "no\\nwhere", "a text"]),
-    (["prompt.text='unclosed"], ["prompt.text", "unclosed", "quoted"]),
     (["cache.retrieval.budget=-8"], ["cache.retrieval.budget", "-8", ">= 0"]),
     (["cache.retrieval.chunk_size=7"], ["cache.retrieval.budget", "1024", "chunk_size=7", "1022"]),
     (["decoding.gamma1=-1"], ["decoding.gamma1", "-1", "between 0 and 64"]),
@@ -254,6 +265,142 @@ def test_a_refused_configuration_leaves_no_folder(engines):
     run.main(["decoding.gamma1=four", "output=o"])
     run.main(["prompt.path=nowhere.txt", "output=p/q"])
     assert not list(Path().iterdir())
+
+
+# (input, what must be named)
+STANDARD_INPUTS = [
+    (b"", ["prompt.path is '-'", "standard input", "nothing more, to read", "book.txt"]),
+    (b"caf\xe9", ["prompt.path is '-'", "not UTF-8 at byte 3"]),
+    (None, ["prompt.path is '-'", "standard input", "closed"]),
+]
+
+
+@contextmanager
+def standard_input(content: bytes | None, path: Path):
+    """Within it the process's standard input is a file with this content; None: it is closed."""
+    path.write_bytes(content or b"")
+    earlier = os.dup(0)
+    try:
+        with path.open("rb") as file:
+            os.dup2(file.fileno(), 0)
+        if content is None:
+            os.close(0)
+        yield
+    finally:
+        os.dup2(earlier, 0)
+        os.close(earlier)
+
+
+@pytest.mark.parametrize(("content", "named"), STANDARD_INPUTS, ids=["empty", "latin-1", "closed"])
+def test_a_standard_input_that_is_no_text_is_refused(engines, capfd, tmp_path_factory, content, named):
+    with standard_input(content, tmp_path_factory.mktemp("in") / "text"):
+        assert run.main(["prompt.path=-", "output=o"]) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("tierforce: ") and err.count("\n") == 1 and all(part in err for part in named), err
+
+
+def test_a_terminal_is_no_document(engines, capfd, tmp_path_factory):
+    ours, theirs = os.openpty()
+    earlier = os.dup(0)
+    try:
+        os.dup2(theirs, 0)
+        assert run.main(["prompt.path=-"]) == 2
+    finally:
+        os.dup2(earlier, 0)
+        for number in (ours, theirs, earlier):
+            os.close(number)
+    assert "the terminal; it must be a file or a pipe: < book.txt" in capfd.readouterr().err
+
+
+def test_the_prompt_is_read_from_standard_input(engines, tmp_path_factory):
+    with standard_input("héllo\n".encode(), tmp_path_factory.mktemp("in") / "text"):
+        assert run.main(["prompt.path=-", "output=o", "generation.max_new_tokens=1"]) == 0
+    assert result_of()["prompt_tokens"] == 7 and result_of()["config"]["prompt"]["path"] == "-"
+
+
+@pytest.mark.parametrize("name", ["1.10", "007", "true", "v2 (final), a=b: 'c'", "~x~"])
+def test_the_folder_of_a_run_is_called_as_typed(engines, name):
+    typed = f"./{name}" if name.startswith("~") else name
+    assert run.main([f"output={typed}", "prompt.text=x", "generation.max_new_tokens=1"]) == 0
+    assert {path.name for path in Path().iterdir()} == {name}
+    assert {path.name for path in Path(name).iterdir()} >= {"result.json", ".hydra"}
+
+
+@pytest.mark.parametrize("override", ["output=~/runs/a", "hydra.run.dir=~/runs/a"])
+def test_a_tilde_is_the_home_directory(engines, monkeypatch, tmp_path, override):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    Path("home").mkdir()
+    Path("home/book.txt").write_text("hello")
+    assert run.main([override, "prompt.path=~/book.txt", "generation.max_new_tokens=1"]) == 0
+    assert [path.name for path in Path().iterdir()] == ["home"]
+    result = result_of("home/runs/a")
+    assert result["prompt_tokens"] == 5 and result["config"]["prompt"]["path"] == str(tmp_path / "home/book.txt")
+
+
+def test_each_run_of_several_has_its_text_as_typed(engines):
+    for name in ("2024.10", "2025.10"):
+        Path(name).write_text(name)
+    argv = ["-m", "hydra.sweep.dir=1.50", "prompt.path=2024.10,2025.10", "generation.max_new_tokens=1"]
+    assert run.main(argv) == 0
+    assert [result_of(f"1.50/{job}")["config"]["prompt"]["path"] for job in (0, 1)] == ["2024.10", "2025.10"]
+
+
+@pytest.mark.parametrize("flags", [["-m"], ["--multirun"], ["--multi"], ["hydra.mode=MULTIRUN"]], ids=str)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_several_runs_over_several_processes_are_refused_at_once(engines, capfd, monkeypatch, flags, rank):
+    monkeypatch.setattr(run, "REFUSAL_SECONDS", 0.0)
+    for name, value in {"WORLD_SIZE": "4", "RANK": str(rank)}.items():
+        monkeypatch.setenv(name, value)
+    assert run.main([*flags, "sampling.seed=1,2"]) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == (rank == 0)
+    assert rank or ("4 processes" in err and "python launch/sweep.py -m processes=4" in err)
+
+
+# (environment, what must be named); more of them: command_line/test_cluster.py
+CLUSTERS = [
+    ({"WORLD_SIZE": "2", "RANK": "0"}, ["MASTER_ADDR is None", "rank 0", "torchrun"]),
+    ({"WORLD_SIZE": "2", "RANK": "1"}, ["MASTER_ADDR is None", "rank 0", "torchrun"]),
+    ({"WORLD_SIZE": "", "RANK": "0"}, ["WORLD_SIZE is ''", ">= 1"]),
+    ({"WORLD_SIZE": "2"}, ["RANK is None", "between 0 and 1", "WORLD_SIZE is 2"]),
+]
+OF_A_CLUSTER = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """The environment, without a word of a cluster."""
+    for name in (*OF_A_CLUSTER, "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def shown(variables: dict[str, str]) -> str:
+    return ",".join(f"{name}={value[:9]}" for name, value in variables.items())
+
+
+@pytest.mark.parametrize(("variables", "named"), CLUSTERS, ids=[shown(variables) for variables, _ in CLUSTERS])
+def test_an_environment_that_is_half_a_cluster_is_refused(engines, capfd, environment, variables, named):
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    assert run.main(["prompt.text=x", "output=o"]) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("tierforce: ") and err.count("\n") == 1 and all(part in err for part in named), err
+    assert not Path("o").exists()
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_NODELIST": "n[1-2]", "SLURM_LOCALID": "1"},
+        {"WORLD_SIZE": "1", "RANK": "0", "MASTER_PORT": ""},
+    ],
+    ids=shown,
+)
+def test_what_makes_no_several_processes_changes_nothing(engines, environment, variables):
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    assert run.main(["prompt.text=x", "output=o", "generation.max_new_tokens=1"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_a_summary_is_a_table():
         (["needle.forms=[riddle]"], "Invalid value 'riddle', expected one of [assignment, sentence,"),
         (["documents={book: /nowhere.txt}"], "documents.book is '/nowhere.txt', which does not exist"),
         (["documents=book.txt"], "documents is 'book.txt'; it must be null, or names and text files"),
-        (["documents={book: 5}"], "documents is {'book': 5}; it must be null, or names and text files"),
+        (["documents={book: 5}"], "documents.book is '5', which does not exist"),
         (["documents={book: BOOK}", "context=20000"], "context is 20000; it must be at most "),
         (["context=40000"], "context is 40000; it must be at most 32512: the model has 32768 positions"),
         (["documents={book: BOOK}", *SHORT, "needle.depths=[0,0.2,0.4,0.6,0.8,1]"], "context is 400; it must be at l"),

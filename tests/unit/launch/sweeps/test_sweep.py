@@ -162,6 +162,8 @@ REFUSED = [
     (["-m", "hydra/launcher=moon"], ["hydra/launcher/moon", ".[sweep]"]),
     (["-m", "processes=1,2", "placement=inline"], ["2", "inline"]),
     (["-m", "prompt.path=nowhere.txt"], ["prompt.path", "nowhere.txt", "UTF-8"]),
+    (["-m", "prompt.path=-"], ["prompt.path is '-'", "each job reads anew"]),
+    (["-m", "output=~nobody-here/x"], ["output is", "no user 'nobody-here'"]),
     (["decoding.gamma1=1,2"], ["decoding.gamma1", "several values"]),
     (["repeat=0"], ["repeat is 0", ">= 1"]),
     (["repeats=3"], ["repeats", "did you mean repeat?"]),
@@ -258,6 +260,26 @@ def test_the_objective_is_the_least_of_the_median_and_infinite_where_a_job_faile
     assert objective() == 10
     assert objective(objective="-tokens_per_s", repeat=2) == -100
     assert objective(prompt={"text": "fail"}) == float("inf")
+
+
+def test_texts_of_a_sweep_are_as_typed():
+    read = read_sweep(["prompt.text=2024.10,'a, b'", "model.drafter=007", "sampling.seed=1,2"], is_multirun=True)
+    assert {(cfg.prompt.text, cfg.model.drafter, cfg.sampling.seed) for cfg in read.grid} == {
+        ("2024.10", "007", 1), ("2024.10", "007", 2), ("a, b", "007", 1), ("a, b", "007", 2),
+    }  # fmt: skip
+    (job,) = jobs_of(next(cfg for cfg in read.grid if cfg.sampling.seed == 1 and cfg.prompt.text == "2024.10"))
+    assert {"prompt.text='2024.10'", "model.drafter='007'", "sampling.seed=1"} == set(job.overrides)
+
+
+def test_a_sweep_goes_to_the_folder_that_was_typed(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    argv = ["-m", "prompt.text=x", "sampling.seed=1", 'output="~/1.10, (b)"']
+    assert run_sweep(argv, Console(file=io.StringIO(), width=1000), FAKE_RUN) == 0
+    assert [path.name for path in Path().iterdir()] == ["1.10, (b)"]
+    (row,) = read_rows(Path("1.10, (b)"))
+    assert row["status"] == "done"
 
 
 TEXTS = st.text(st.sampled_from("ab '\"\\${}[]()=,:\n\t#é#~@!|&*?/"), max_size=12)
