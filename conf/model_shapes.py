@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from conf.positions import num_positions
 from conf.values import ConfigError
 
 
@@ -20,6 +21,7 @@ class ModelShape:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
+    max_positions: int
     ties_embeddings: bool = False
 
     @property
@@ -47,6 +49,7 @@ def _llama(
     heads: int,
     kv_heads: int,
     vocab: int,
+    positions: int,
     *,
     head_dim: int | None = None,
     ties_embeddings: bool = False,
@@ -59,23 +62,24 @@ def _llama(
         num_heads=heads,
         num_kv_heads=kv_heads,
         vocab_size=vocab,
+        max_positions=positions,
         head_dim=head_dim or hidden // heads,
         ties_embeddings=ties_embeddings,
     )
 
 
 PUBLISHED = {
-    "NousResearch/Yarn-Llama-2-7b-128k": _llama(32, 4096, 11008, 32, 32, 32000),
-    "NousResearch/Yarn-Llama-2-13b-128k": _llama(40, 5120, 13824, 40, 40, 32000),
-    "LargeWorldModel/LWM-Text-Chat-128K": _llama(32, 4096, 11008, 32, 32, 32000),
-    "JackFram/llama-68m": _llama(2, 768, 3072, 12, 12, 32000),
-    "meta-llama/Llama-3.1-8B": _llama(32, 4096, 14336, 32, 8, 128256),
-    "meta-llama/Llama-3.2-3B": _llama(28, 3072, 8192, 24, 8, 128256, ties_embeddings=True),
-    "meta-llama/Llama-3.2-1B": _llama(16, 2048, 8192, 32, 8, 128256, ties_embeddings=True),
-    "Qwen/Qwen2.5-7B": _llama(28, 3584, 18944, 28, 4, 152064),
-    "Qwen/Qwen2.5-0.5B": _llama(24, 896, 4864, 14, 2, 151936, ties_embeddings=True),
-    "Qwen/Qwen3-8B": _llama(36, 4096, 12288, 32, 8, 151936, head_dim=128),
-    "Qwen/Qwen3-0.6B": _llama(28, 1024, 3072, 16, 8, 151936, head_dim=128, ties_embeddings=True),
+    "NousResearch/Yarn-Llama-2-7b-128k": _llama(32, 4096, 11008, 32, 32, 32000, 131072),
+    "NousResearch/Yarn-Llama-2-13b-128k": _llama(40, 5120, 13824, 40, 40, 32000, 131072),
+    "LargeWorldModel/LWM-Text-Chat-128K": _llama(32, 4096, 11008, 32, 32, 32000, 131072),
+    "JackFram/llama-68m": _llama(2, 768, 3072, 12, 12, 32000, 2048),
+    "meta-llama/Llama-3.1-8B": _llama(32, 4096, 14336, 32, 8, 128256, 131072),
+    "meta-llama/Llama-3.2-3B": _llama(28, 3072, 8192, 24, 8, 128256, 131072, ties_embeddings=True),
+    "meta-llama/Llama-3.2-1B": _llama(16, 2048, 8192, 32, 8, 128256, 131072, ties_embeddings=True),
+    "Qwen/Qwen2.5-7B": _llama(28, 3584, 18944, 28, 4, 152064, 131072),
+    "Qwen/Qwen2.5-0.5B": _llama(24, 896, 4864, 14, 2, 151936, 32768, ties_embeddings=True),
+    "Qwen/Qwen3-8B": _llama(36, 4096, 12288, 32, 8, 151936, 40960, head_dim=128),
+    "Qwen/Qwen3-0.6B": _llama(28, 1024, 3072, 16, 8, 151936, 40960, head_dim=128, ties_embeddings=True),
 }
 """Sizes of the models of conf/model, by hub id."""
 
@@ -103,6 +107,9 @@ def model_shape(key: str, name: str, source: str) -> ModelShape:
             num_kv_heads=fields.get("num_key_value_heads") or heads,
             head_dim=fields.get("head_dim") or hidden // heads,
             vocab_size=fields["vocab_size"],
+            max_positions=num_positions(
+                fields.get("max_position_embeddings"), fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+            ),
             ties_embeddings=bool(fields.get("tie_word_embeddings", False)),
         )
     except KeyError as error:

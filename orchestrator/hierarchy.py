@@ -52,6 +52,9 @@ class Hierarchy:
     num_rounds: int = 0
     num_rereads: int = 0
     """Times that a stored block was found damaged, and all tokens were read again."""
+    original_length: int | None = None
+    """Tokens up to which the target reads a text in one way, and beyond which it reads all of it in another; None:
+    always in one. See workers.models.families."""
 
     def __post_init__(self) -> None:
         self._clock, self._must_rebuild = PhaseClock(), False
@@ -73,6 +76,8 @@ class Hierarchy:
         num_steps_ahead = len(inner_steps)
         # The target adds a token to what it accepts, so the last token is never worth drafting.
         most = self.session.remaining - 1
+        if self.original_length is not None and self.session.length <= self.original_length:
+            most = min(most, self.original_length - self.session.length)  # a block is read in one way
         while self._drafts and len(block) < min(self.gamma2, most):
             step = self._step(block.tokens, min(self.gamma2, most) - len(block))
             block.extend(step.draft)
@@ -100,9 +105,13 @@ class Hierarchy:
     def _verify_and_commit(self, block: Draft, inner_steps: list[tuple[int, int]], num_steps_ahead: int) -> Round:
         """The target judges `block`; what it accepts is final in all levels, and the retrieval cache follows."""
         verdict = self._undamaged(Phase.verify, lambda: self._verify(block))
+        length_before = self.session.length
         tokens = self.session.commit([*block.tokens[: verdict.num_accepted], verdict.next_token])
         for role in self._roles:
             role.commit(tokens)
+        passes_original_length = not self.session.is_finished and self._passes_original_length(length_before)
+        if passes_original_length:
+            self._reread()
         rebuilt = not self.session.is_finished and self._refresh(block, verdict)
         record = Round(
             index=self.num_rounds,
@@ -116,6 +125,7 @@ class Hierarchy:
             inner_steps=inner_steps,
             num_steps_ahead=num_steps_ahead,
             rebuilt=rebuilt,
+            passes_original_length=passes_original_length,
             seconds=self._clock.take(),
             ahead=None if self._ahead is None else self._ahead.record,
         )
@@ -162,11 +172,19 @@ class Hierarchy:
                     return act()
             except DamagedBlockError:
                 self.num_rereads += 1
-                with self._clock(Phase.reread):
-                    self.verifier.reread()
-                self._must_rebuild = True  # what the verifier remembers having sent is forgotten with the rest
+                self._reread()
         with self._clock(phase):
             return act()
+
+    def _passes_original_length(self, length_before: int) -> bool:
+        """Whether the text has done so since it had `length_before` tokens."""
+        return self.original_length is not None and length_before <= self.original_length < self.session.length
+
+    def _reread(self) -> None:
+        """Has the verifier read all tokens again."""
+        with self._clock(Phase.reread):
+            self.verifier.reread()
+        self._must_rebuild = True  # what the verifier remembers having sent is forgotten with the rest
 
     @property
     def _drafts(self) -> bool:

@@ -85,7 +85,7 @@ class Metrics:
         self.levels = [LevelCounts(name) for name, is_used in used if is_used]
         self._uses_drafter, self._uses_retrieval = uses_drafter, uses_retrieval
         self.ahead: AheadCounts | None = None
-        self.num_tokens = self.verifications = self.rebuilds = self.num_inner_steps = 0
+        self.num_tokens = self.verifications = self.rebuilds = self.rereads = self.num_inner_steps = 0
         self.prefill_s: float | None = None
         self.ttft_s: float | None = None
         self.decode_s = 0.0
@@ -101,6 +101,7 @@ class Metrics:
     def add(self, round_: Round, seconds: float) -> None:
         """Counts a round that took `seconds`; the first is the prefill and the first token."""
         self.num_tokens += len(round_.tokens)
+        self.rereads += "reread" in round_.seconds
         if self.ttft_s is None:
             self.ttft_s = seconds
             self.prefill_s = seconds - sum(round_.seconds.values())
@@ -164,6 +165,7 @@ class Metrics:
             "verifications": self.verifications,
             "tokens_per_verification": self.tokens_per_verification,
             "rebuilds": self.rebuilds,
+            "rereads": self.rereads,
             "levels": [level.to_plain() for level in self.levels],
             "ahead": None if self.ahead is None else self.ahead.to_plain(),
         }

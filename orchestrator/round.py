@@ -52,6 +52,8 @@ class Round:
     """Number of inner steps, the first ones, that were made ahead."""
     rebuilt: bool = False
     """The retrieval cache was built anew at the round's end."""
+    passes_original_length: bool = False
+    """With its tokens the text passed the target's original length, and all tokens were read again."""
     seconds: dict[Phase, float] = field(default_factory=dict)
     """Seconds of each phase that there was; drafting ahead is in none of them."""
     ahead: AheadRecord | None = None

@@ -29,6 +29,11 @@ class Session:
         return self.max_new_tokens - len(self.generated)
 
     @property
+    def length(self) -> int:
+        """Tokens of the prompt and those generated."""
+        return len(self.prompt) + len(self.generated)
+
+    @property
     def is_finished(self) -> bool:
         return self.finish_reason is not None
 

@@ -203,6 +203,7 @@ def make_hierarchy(
         gamma2=config.decoding.most_gamma2,
         pace=pace,
         overlap=config.decoding.overlap,
+        original_length=task.prepared.target.original_length,
         rebuild_policy=RebuildPolicy(int(rebuild) if rebuild.isdigit() else rebuild),
     )
 

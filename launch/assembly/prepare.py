@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from conf.schema import LOOKUP_DRAFTER, ConfigError, CudaGraphs, Dtype, RunConfig
-from launch.assembly.sizing import streaming_sizes
+from launch.assembly.sizing import check_drafter_window
 from tiers.planning.memory import num_idle_cores
 from workers.models.facts import ModelFacts, describe
 from workers.models.model_rules import ModelRules, make_rules
@@ -45,6 +45,12 @@ class Prepared:
         return self.target.tokenizer
 
     @property
+    def vocab_size(self) -> int:
+        """Number of token ids that the target can read: rows of its embedding."""
+        size: int = self.target.config.get_text_config().vocab_size
+        return size
+
+    @property
     def max_positions(self) -> int:
         """Number of positions that the target knows."""
         return self.target.max_positions
@@ -67,11 +73,12 @@ def prepare(config: RunConfig) -> Prepared:
     num_threads = _set_threads(config.placement.threads) if device.type == "cpu" else torch.get_num_threads()
     dtype = _choose_dtype(config.model.dtype, device)
     target = describe("model.target", config.model.target, dtype, config.model.max_positions)
+    _check_tokenizer(target)
     drafter, vocabulary = None, None
     if config.uses_drafter and config.model.drafter != LOOKUP_DRAFTER:
         drafter = describe("model.drafter", config.model.drafter, dtype)
         vocabulary = shared_vocabulary(target, drafter)
-        _check_drafter_window(config, drafter)
+        check_drafter_window(config, drafter.source, drafter.max_positions)
     where = f"device {device}" + (f", threads: {num_threads}" if device.type == "cpu" else "")
     rules = rules_of(config, target)
     notes = [f"{where}, {str(dtype).split('.')[-1]}", *rules.notes, *(vocabulary.notes() if vocabulary else [])]
@@ -130,19 +137,10 @@ def _choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if computes_bf16 else torch.float32
 
 
-def _check_drafter_window(config: RunConfig, drafter: ModelFacts) -> None:
-    streaming = streaming_sizes(config)
-    most = drafter.max_positions - streaming.sinks - streaming.slack
-    if most < 1:
+def _check_tokenizer(target: ModelFacts) -> None:
+    """Raises ConfigError for a tokenizer that does not tell where in a text its tokens begin."""
+    if not target.tokenizer.is_fast:
         raise ConfigError(
-            f"model.drafter is {drafter.source!r}, which knows {drafter.max_positions} positions; it must know at "
-            f"least {streaming.sinks + streaming.slack + 1}: {streaming.sinks} for cache.streaming.sinks, "
-            f"{streaming.slack} for tokens in flight, fewer with smaller decoding.gamma1 and gamma2, and 1 for the "
-            "window. Or use model.drafter=lookup"
-        )
-    if streaming.window > most:
-        raise ConfigError(
-            f"cache.streaming.window is {streaming.window}; it must be at most {most}: the drafter knows "
-            f"{drafter.max_positions} positions, {streaming.sinks} of them for cache.streaming.sinks and "
-            f"{streaming.slack} for tokens in flight"
+            f"{target.key} is {target.source!r}, whose tokenizer {type(target.tokenizer).__name__} is in Python only; "
+            "it must be a fast one, which tells where in the text each token begins: one with a tokenizer.json"
         )

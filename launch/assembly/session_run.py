@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 from conf.schema import ConfigError, RunConfig
 from launch.prompts.document import is_built_in
@@ -30,7 +31,8 @@ def fit_to_model(config: RunConfig, num_prompt: int, max_positions: int, note: C
         raise ConfigError(
             f"This model's maximum context length is {max_positions} tokens; the prompt has {at_least}{num_prompt} "
             f"tokens (prompt.max_tokens is {config.prompt.max_tokens or 'null'}). prompt.max_tokens={max_positions} "
-            "reads as much of it as fits"
+            "reads as much of it as fits; a model with a plain rotary embedding is stretched to more by "
+            "model.max_positions"
         )
     room = max_positions - num_prompt + 1
     if wanted > room:
@@ -58,6 +60,17 @@ def note_of_cut(config: RunConfig, prompt: Prompt, max_positions: int) -> str | 
     if most > len(prompt.ids):
         return f"{line}; {most} reads as much as the model has positions for)"
     return f"{line}; the model has positions for no more)"
+
+
+def check_ids(ids: list[int], vocab_size: int, tokenizer: Any) -> None:
+    """Raises ConfigError for a token of the prompt that the target cannot read: it has ids below `vocab_size` only."""
+    beyond = next((index for index, token_id in enumerate(ids) if token_id >= vocab_size), None)
+    if beyond is not None:
+        raise ConfigError(
+            f"the prompt's token {beyond} is {tokenizer.decode([ids[beyond]])!r} with id {ids[beyond]}; it must be "
+            f"below {vocab_size}, the model's vocab_size: a word was added to the tokenizer that the model does not "
+            "know. Use the model's own tokenizer, or take the word out of the prompt"
+        )
 
 
 def make_metrics(config: RunConfig) -> Metrics:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from conf.schema import MAX_AUTO_GAMMA1, MAX_AUTO_GAMMA2, NEVER, PlacementConfig, RunConfig
+from conf.schema import MAX_AUTO_GAMMA1, MAX_AUTO_GAMMA2, NEVER, ConfigError, PlacementConfig, RunConfig
 from tiers.base import CacheShape
 from tiers.planning.sizes import PlanInput, RetrievalSizes, StreamingSizes
 
@@ -118,6 +118,25 @@ def streaming_sizes(config: RunConfig) -> StreamingSizes:
     streaming = config.cache.streaming
     slack = max(MIN_STREAMING_SLACK, 2 * slack_tokens(config))
     return StreamingSizes(sinks=streaming.sinks, window=streaming.window, slack=slack)
+
+
+def check_drafter_window(config: RunConfig, drafter: str, max_positions: int) -> None:
+    """Raises ConfigError where a drafter that knows so many positions has no room for the configured window."""
+    streaming = streaming_sizes(config)
+    most = max_positions - streaming.sinks - streaming.slack
+    if most < 1:
+        raise ConfigError(
+            f"model.drafter is {drafter!r}, which knows {max_positions} positions; it must know at "
+            f"least {streaming.sinks + streaming.slack + 1}: {streaming.sinks} for cache.streaming.sinks, "
+            f"{streaming.slack} for tokens in flight, fewer with smaller decoding.gamma1 and gamma2, and 1 for the "
+            "window. Or use model.drafter=lookup"
+        )
+    if streaming.window > most:
+        raise ConfigError(
+            f"cache.streaming.window is {streaming.window}; it must be at most {most}: the drafter knows "
+            f"{max_positions} positions, {streaming.sinks} of them for cache.streaming.sinks and "
+            f"{streaming.slack} for tokens in flight"
+        )
 
 
 def retrieval_sizes(config: RunConfig, max_new_tokens: int) -> RetrievalSizes | None:

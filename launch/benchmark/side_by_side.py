@@ -16,7 +16,7 @@ from rich.console import Console
 
 from conf.schema import ConfigError, DecodingConfig, FullCacheTier, RunConfig, to_plain
 from launch.assembly.prepare import prepare
-from launch.assembly.session_run import make_seed
+from launch.assembly.session_run import check_ids, make_seed
 from launch.benchmark.config import BenchConfig, most_per_round
 from launch.benchmark.contender import Cell, Contender, NotHereError
 from launch.benchmark.our_engine import OurEngine
@@ -157,6 +157,7 @@ class SideBySide:
             raise ConfigError(f"grid.contexts has {context}; model.max_positions is {prepared.max_positions}")
         prompt_config = replace(config.prompt, max_tokens=context - num_new)
         prompt = read_prompt(prompt_config, prepared.tokenizer)
+        check_ids(prompt, prepared.vocab_size, prepared.tokenizer)
         if len(prompt) < context - num_new:
             raise ConfigError(
                 f"the prompt has {len(prompt)} tokens; of {context} in all it must be {context - num_new}"

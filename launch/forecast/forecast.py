@@ -12,8 +12,18 @@ import torch
 
 from conf.model_shapes import ModelShape, model_shape
 from conf.model_source import model_source
+from conf.positions import check_stretch
 from conf.schema import LOOKUP_DRAFTER, ConfigError, Dtype, RunConfig
-from launch.assembly.sizing import ModelSize, available_bytes, gammas1, gammas2, plan_input, with_known_budget
+from launch.assembly.session_run import fit_to_model
+from launch.assembly.sizing import (
+    ModelSize,
+    available_bytes,
+    check_drafter_window,
+    gammas1,
+    gammas2,
+    plan_input,
+    with_known_budget,
+)
 from launch.forecast.config import PlanConfig
 from launch.forecast.machine import Machine
 from tiers.base import CacheShape
@@ -41,6 +51,8 @@ class Forecast:
     autoregressive_seconds: float
     """Seconds between tokens of plain decoding, with the layers that fit when nothing else is on the device."""
     round: RoundCost
+    notes: list[str]
+    """Lines for the user about what was chosen."""
 
 
 def forecast(config: PlanConfig, machine: Machine) -> Forecast:
@@ -48,6 +60,8 @@ def forecast(config: PlanConfig, machine: Machine) -> Forecast:
     num_keys, dtype, speeds = config.num_prompt_tokens, _dtype(config), machine.speeds
     config = with_known_budget(config, num_keys, [])
     target, drafter = _target(config), _drafter(config)
+    notes: list[str] = []
+    config = _fitted(config, target, drafter, notes)
     # 1. Memory: plain decoding has the device to itself.
     plan = _plan(config, machine, target, drafter)
     plain = replace(config, decoding=replace(config.decoding, gamma1=0, gamma2=0))
@@ -73,8 +87,25 @@ def forecast(config: PlanConfig, machine: Machine) -> Forecast:
         plan=plan,
         prefill_seconds=prefill_seconds(speeds, cost, num_keys, streamed),
         autoregressive_seconds=forward_seconds(speeds, cost, 1, num_keys, _streamed(plain_plan, speeds)),
+        notes=notes,
         round=min((round_of(*gammas) for gammas in choices), key=lambda round_: round_.seconds_per_token),
     )
+
+
+def _fitted(config: PlanConfig, target: ModelShape, drafter: ModelShape | None, notes: list[str]) -> PlanConfig:
+    """The configuration with as many new tokens as the target has positions for.
+
+    Raises ConfigError where the prompt or the drafter's window does not fit.
+    """
+    positions = config.model.max_positions
+    if positions is None:
+        positions = target.max_positions
+    else:
+        check_stretch(positions, target.max_positions)
+    if drafter is not None:
+        check_drafter_window(config, config.model.drafter, drafter.max_positions)
+    new_tokens = fit_to_model(config, config.num_prompt_tokens, positions, notes.append)
+    return replace(config, generation=replace(config.generation, max_new_tokens=new_tokens))
 
 
 def _target(config: RunConfig) -> ModelShape:

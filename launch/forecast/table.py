@@ -16,6 +16,8 @@ def show(console: Console, config: PlanConfig, machine: Machine, made: Forecast)
     """Prints what is planned for, where the layers are, and both tables."""
     each = " on each of them" if machine.speeds.num_devices > 1 else ""
     console.print(f"{config.model.target} on {machine.name}, {config.num_prompt_tokens:,} tokens{each}")
+    for note in made.notes:
+        console.print(note, highlight=False)
     console.print(made.plan.reason, highlight=False)
     console.print(_bytes_table(made))
     console.print(_times_table(config, made))

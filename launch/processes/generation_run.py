@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.schema import ConfigError, PlacementKind, RunConfig, to_plain
-from launch.assembly.session_run import fit_to_model, make_metrics, make_seed, note_of_cut, take_round
+from launch.assembly.session_run import check_ids, fit_to_model, make_metrics, make_seed, note_of_cut, take_round
 from launch.assembly.start_checks import unwritable, world_size
 from launch.assembly.task import Task
 from launch.command_line.interruption import Interruption
@@ -102,6 +102,7 @@ class GenerationRun:
             self.drafter_vocabulary = prepared.vocabulary.report()
         self.phase = "prompt"
         prompt = self.prompt = make_prompt(self.config.prompt, prepared.tokenizer, at_most=4 * prepared.max_positions)
+        check_ids(prompt.ids, prepared.vocab_size, prepared.tokenizer)
         self.expected_answers = list(read_workload(self.config.prompt).answers)
         max_new_tokens = fit_to_model(self.config, len(prompt.ids), prepared.max_positions, self.display.note)
         self.stops = make_stops(self.config.generation.stop_strings, prepared.tokenizer)
@@ -150,7 +151,9 @@ class GenerationRun:
 
     def _take_round(self, advance: Callable[[], Round], session: Session, report: Report) -> None:
         round_, seconds = take_round(advance, self.metrics)
-        if Phase.reread in round_.seconds:
+        if round_.passes_original_length:
+            self.display.note("the text passed the model's original length: all tokens so far were read again")
+        elif Phase.reread in round_.seconds:
             self.display.note("a stored block was damaged: all tokens so far were read again")
         was_whole = ROUNDS not in report.incomplete
         report.add_round(round_, seconds)

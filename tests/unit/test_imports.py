@@ -31,7 +31,12 @@ THIRD_PARTY_FENCES = {
     "gguf": ("launch/benchmark/gguf_export.py",),
     "llama_cpp": ("launch/benchmark/llama_cpp_peer.py",),
     "tokenizers": ("launch/demo_pair/corpus.py",),
-    "safetensors": ("workers/models/facts.py", "workers/models/sharded_weights.py", "launch/demo_pair/checkpoint.py"),
+    "safetensors": (
+        "workers/models/checkpoint_files.py",
+        "workers/models/finite_weights.py",
+        "workers/models/sharded_weights.py",
+        "launch/demo_pair/checkpoint.py",
+    ),
     "accelerate": ("workers/models/skeleton.py",),
     "matplotlib": ("launch/",),
     "pyarrow": ("launch/sweeps/table.py",),

@@ -54,6 +54,11 @@ class CausalModel:
         if self._rotary_table is not None:
             self._rotary_table.read_prompt(num_prompt_tokens)
 
+    def read_again(self, num_tokens: int) -> None:
+        """The first `num_tokens` tokens of the sequence are read again; see RotaryTable.read_again."""
+        if self._rotary_table is not None:
+            self._rotary_table.read_again(num_tokens)
+
     @torch.inference_mode()
     def forward(
         self, tokens: list[int], cache: ModelCache, num_logits: int, observers: Observers = NOBODY

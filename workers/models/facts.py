@@ -6,7 +6,6 @@ refused.
 
 from __future__ import annotations
 
-import json
 import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,13 +15,15 @@ from urllib.request import getproxies
 
 import huggingface_hub
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from conf.model_source import model_source
+from conf.positions import check_stretch, num_positions
 from conf.schema import ConfigError
 from tiers.base import CacheShape
+from workers.models.checkpoint_files import check_no_adapter, check_weight_files
+from workers.models.families import OwnInputs, check_inputs, original_length
 from workers.models.generation_file import end_ids, read_generation, values_of
 from workers.models.skeleton import weightless
 from workers.parallel.shard import WHOLE, Shard, check_size
@@ -33,7 +34,6 @@ REFUSED_MODEL_TYPES = ("llama4", "llama4_text", "gemma3n", "gemma3n_text")
 SUPPORTED_LAYER_TYPES = ("full_attention", "sliding_attention")
 SUPPORTED = "a decoder with full or sliding-window attention, such as Llama, Qwen, Mistral, Gemma 3, Phi or OLMo"
 HUB_TIMEOUT_SECONDS = 2.0
-WEIGHT_FILES = (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
 
 
 @dataclass(kw_only=True)
@@ -53,6 +53,8 @@ class ModelFacts:
     max_positions: int
     generation: dict[str, Any]
     """What its generation_config.json says of the choice of tokens; see workers.models.generation_file.values_of."""
+    original_length: int | None
+    """Tokens beyond which a text is read in another way; see workers.models.families. None: there are none."""
     eos_ids: frozenset[int]
     """Ids of the tokens that end a text; see workers.models.generation_file.end_ids."""
     num_weight_bytes: int
@@ -90,14 +92,22 @@ def describe(key: str, name: str, dtype: torch.dtype, max_positions: int | None 
     if not Path(source).is_dir():
         _go_offline_without_network()
     config = _load(key, name, AutoConfig, source)
-    text_config = config.get_text_config()
+    text_config = _text_config(key, name, config)
     _refuse_unsupported(key, name, text_config)
+    _refuse_unread(key, name, config)
+    check_no_adapter(key, source)
     if max_positions is not None:
         _stretch(text_config, max_positions)
     if Path(source).is_dir():
-        _check_weight_files(key, Path(source))
+        check_weight_files(key, Path(source))
     tokenizer = _load(key, name, AutoTokenizer, source)
     generation = read_generation(key, name, source)
+    model = _weightless(key, name, config)
+    _refuse_encoder(key, name, model)
+    check_inputs(key, name, model)
+    length, max_positions = original_length(key, name, text_config), _max_positions(text_config)
+    if length is not None and length.rule is OwnInputs.up_to_original:
+        max_positions, length = length.num_tokens, None
     return ModelFacts(
         key=key,
         source=source,
@@ -106,10 +116,12 @@ def describe(key: str, name: str, dtype: torch.dtype, max_positions: int | None 
         dtype=dtype,
         cache_shape=_cache_shape(key, name, text_config, dtype),
         windows=_windows(text_config),
-        max_positions=_max_positions(text_config),
+        max_positions=max_positions,
+        original_length=None if length is None else length.num_tokens,
         generation=values_of(generation),
         eos_ids=end_ids(generation, config, source, tokenizer),
-        num_weight_bytes=_num_parameters(key, name, config) * dtype.itemsize,
+        # Buffers are small and left out.
+        num_weight_bytes=sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize,
     )
 
 
@@ -141,8 +153,49 @@ def _refuse_unsupported(key: str, name: str, config: PreTrainedConfig) -> None:
     if config.model_type in REFUSED_MODEL_TYPES or odd_layers:
         what = f"layers of type {', '.join(odd_layers)}" if odd_layers else f"model type {config.model_type}"
         raise ConfigError(f"{key} is {name!r} with {what}, which cannot be served exactly; it must be {SUPPORTED}")
+    if config.is_encoder_decoder:
+        kind = f"model type {config.model_type}, an encoder and a decoder"
+        raise ConfigError(f"{key} is {name!r} of {kind}; it must be {SUPPORTED}")
     if not getattr(config, "num_attention_heads", None):
         raise ConfigError(f"{key} is {name!r} of model type {config.model_type}; it must be {SUPPORTED}")
+
+
+def _refuse_encoder(key: str, name: str, model: PreTrainedModel) -> None:
+    """Raises ConfigError for a model whose tokens see those behind them, as BERT's without `is_decoder` do."""
+    # GPT-NeoX has the field as well, and is a decoder whatever it says.
+    is_causal = any(getattr(module, "is_causal", False) is True for module in model.modules())
+    if getattr(model.config, "is_decoder", True) is False and not is_causal:
+        kind = f"model type {model.config.model_type}, an encoder (its is_decoder is false)"
+        raise ConfigError(f"{key} is {name!r} of {kind}; it must be {SUPPORTED}")
+
+
+def _text_config(key: str, name: str, config: PreTrainedConfig) -> PreTrainedConfig:
+    """The part of the configuration that is of the text's model. Raises ConfigError where there are several."""
+    try:
+        return config.get_text_config()
+    except ValueError as error:
+        raise ConfigError(
+            f"{key} is {name!r} of model type {config.model_type}, which has several models of text; it must be "
+            f"{SUPPORTED}"
+        ) from error
+
+
+def _refuse_unread(key: str, name: str, config: PreTrainedConfig) -> None:
+    """Raises ConfigError for quantized weights that transformers cannot read on this machine."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    fields = quantization if isinstance(quantization, dict) else vars(quantization)
+    try:
+        untyped: Any = AutoHfQuantizer
+        untyped.from_config(quantization, pre_quantized=True).validate_environment(device_map=None)
+    except Exception as error:  # a method that is not known, or whose library is not installed
+        reason = " ".join(str(error).split())[:300]
+        method = getattr(fields.get("quant_method"), "value", fields.get("quant_method"))
+        raise ConfigError(
+            f"{key} is {name!r}, whose weights are quantized (quantization_config.quant_method is {method!r}) and "
+            f"cannot be read here: {reason}. Name a model that is not quantized"
+        ) from error
 
 
 def _cache_shape(key: str, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> CacheShape:
@@ -158,26 +211,6 @@ def _cache_shape(key: str, name: str, config: PreTrainedConfig, dtype: torch.dty
     return CacheShape(num_layers=config.num_hidden_layers, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype)
 
 
-def _check_weight_files(key: str, folder: Path) -> None:
-    """Raises ConfigError unless each file of weights is there, and if it is safetensors, whole."""
-    first = next((name for name in WEIGHT_FILES if (folder / name).is_file()), SAFE_WEIGHTS_NAME)
-    names = [first]
-    if first.endswith(".index.json"):
-        try:
-            names = sorted(set(json.loads((folder / first).read_text())["weight_map"].values()))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{key}: {folder / first} is damaged ({error!r}); download it again") from error
-    for path in (folder / name for name in names):
-        if not path.is_file():
-            raise ConfigError(f"{key}: {path} is missing; download the model again, as safetensors")
-        if path.suffix == ".safetensors":
-            try:
-                with safe_open(path, framework="pt") as file:
-                    file.keys()
-            except (SafetensorError, OSError) as error:
-                raise ConfigError(f"{key}: {path} is damaged ({error}); download it again") from error
-
-
 def _windows(config: PreTrainedConfig) -> list[int | None]:
     num_layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None) or ["full_attention"] * num_layers
@@ -188,22 +221,15 @@ def _windows(config: PreTrainedConfig) -> list[int | None]:
 
 def _max_positions(config: PreTrainedConfig) -> int:
     """Positions the model is made for, RoPE scaling included."""
-    positions = getattr(config, "max_position_embeddings", None) or 2**31
-    rope = getattr(config, "rope_parameters", None) or {}
-    factor, kind = rope.get("factor") or 1.0, rope.get("rope_type", "default")
-    if kind in ("linear", "dynamic"):
-        return int(positions * factor)
-    if kind == "yarn" and rope.get("original_max_position_embeddings"):
-        return max(positions, int(rope["original_max_position_embeddings"] * factor))
-    return positions
+    return num_positions(
+        getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
+    )
 
 
 def _stretch(config: PreTrainedConfig, max_positions: int) -> None:
     """Gives the model so many positions by YaRN (arXiv 2309.00071). Raises ConfigError."""
     trained = _max_positions(config)
-    if max_positions <= trained:
-        rule = f"above the {trained} positions that the model has, or null"
-        raise ConfigError(f"model.max_positions is {max_positions}; it must be {rule}")
+    check_stretch(max_positions, trained)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") != "default":
         raise ConfigError(
@@ -218,12 +244,11 @@ def _stretch(config: PreTrainedConfig, max_positions: int) -> None:
     config.max_position_embeddings = max_positions
 
 
-def _num_parameters(key: str, name: str, config: PreTrainedConfig) -> int:
-    """Number of weights; buffers are small and left out. Raises ConfigError where `config` makes no model."""
+def _weightless(key: str, name: str, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without its weights. Raises ConfigError where `config` makes none."""
     try:
-        model = weightless(config)
+        return weightless(config)
     except Exception as error:  # whatever a model's code makes of odd sizes
         raise ConfigError(
             f"{key} is {name!r}, whose config.json makes no model ({error!r}); check its sizes"
         ) from error
-    return sum(parameter.numel() for parameter in model.parameters())

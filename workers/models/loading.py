@@ -23,6 +23,7 @@ from tiers.device_tier import DeviceTier
 from tiers.full_cache import FullCache
 from workers.models.causal_model import CausalModel
 from workers.models.facts import ModelFacts
+from workers.models.finite_weights import check_finite
 from workers.models.sharded_weights import fill, weight_files
 from workers.models.skeleton import make_skeleton
 from workers.parallel.shard import WHOLE
@@ -95,6 +96,7 @@ def _read_whole(facts: ModelFacts, device: torch.device) -> PreTrainedModel:
             ignore_mismatched_sizes=True,
         )
     _check_loaded(facts, loaded)
+    check_finite(facts, hf_model)
     return hf_model
 
 
@@ -127,6 +129,8 @@ def _read_part(
         cut(model, sharding)
         module: nn.Module = model  # whose `to` has types
         module.to(device)
+    else:
+        check_finite(facts, model)
     connect(model, sharding, all_reduce)
     return model
 

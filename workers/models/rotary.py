@@ -3,6 +3,9 @@
 transformers recomputes such frequencies when a forward pass meets a longer sequence. In speculative decoding the same
 position is computed in passes of different lengths, so each position gets one fixed rotation here: the one that plain
 decoding uses, which reads the prompt in one pass and then one token a pass.
+
+Some families with longrope (workers.models.families) read all tokens again when the text passes the original length:
+from then on each position has another rotation, and who reads the tokens again begins the table anew.
 """
 
 from __future__ import annotations
@@ -12,6 +15,9 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+
+from conf.schema import ConfigError
+from workers.models.families import OWN_INPUTS, OwnInputs
 
 LENGTH_DEPENDENT_TYPES = ("dynamic", "longrope")
 POSITIONS_AHEAD = 64
@@ -27,9 +33,9 @@ class RotaryTable(torch.nn.Module):
     Some models rotate differently by the type of the layer: there is a table for each type, and one for none.
     """
 
-    def __init__(self, rotary: torch.nn.Module):
+    def __init__(self, rotary: torch.nn.Module, *, rereads: bool = False):
         super().__init__()
-        self.rotary = rotary
+        self.rotary, self._rereads = rotary, rereads
         self._rows: dict[str | None, Rotations] = {}
         self._num_prompt_tokens = 1
         self._lock = threading.Lock()
@@ -37,6 +43,14 @@ class RotaryTable(torch.nn.Module):
     def read_prompt(self, num_tokens: int) -> None:
         """Begins a sequence whose first `num_tokens` positions are computed in one pass."""
         self._rows, self._num_prompt_tokens = {}, num_tokens
+
+    def read_again(self, num_tokens: int) -> None:
+        """The first `num_tokens` tokens are read again: with their rotations as they were, unless the family's change.
+
+        For a family that rereads, these are the rotations of a text of so many tokens.
+        """
+        if self._rereads:
+            self.read_prompt(num_tokens)
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> Rotations:
         cos, sin = self._known_to(int(position_ids.max()), x, layer_type)
@@ -76,12 +90,23 @@ class RotaryTable(torch.nn.Module):
 
 
 def make_length_independent(model: PreTrainedModel) -> RotaryTable | None:
-    """Replaces the rotary embedding of a transformers model where it depends on the length; returns the table."""
+    """Replaces the rotary embedding of a transformers model where it depends on the length; returns the table.
+
+    Raises ConfigError where the model has rotary embeddings elsewhere than the families known here.
+    """
     parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     # One set of parameters, or one for each type of layer.
     sets = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     if not any(one.get("rope_type") in LENGTH_DEPENDENT_TYPES for one in sets):
         return None
     base: Any = model.base_model
-    table = base.rotary_emb = RotaryTable(base.rotary_emb)
+    if getattr(base, "rotary_emb", None) is None:
+        if not any("rotary" in name for name, _ in model.named_modules()):
+            return None  # config.json speaks of rotations, and the model has none
+        raise ConfigError(
+            f"the model of type {model.config.model_type} rotates by length (rope_parameters is {parameters}) in a way "
+            "that is not known here; it must be a model with one rotary embedding for all layers"
+        )
+    rereads = OWN_INPUTS.get(model.config.model_type) is OwnInputs.rereads
+    table = base.rotary_emb = RotaryTable(base.rotary_emb, rereads=rereads)
     return table

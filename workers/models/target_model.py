@@ -57,13 +57,18 @@ class TargetModel:
         self._model.start_sequence(len(tokens) + 1)
         if self._selection is not None:
             self._selection.reset()
-        self.reread(tokens)
+        self._read(tokens)
 
     def reread(self, tokens: list[int]) -> None:
-        """Empties the cache and reads the sequence's tokens, as before, layer by layer.
+        """Empties the cache and reads the sequence's tokens but for the last one, as the prompt was read.
 
-        In pieces, which bounds the memory of activations; each position keeps the rotation it had.
+        Each position keeps the rotation it had, unless the model's family changes it as a text grows.
         """
+        self._model.read_again(len(tokens) + 1)
+        self._read(tokens)
+
+    def _read(self, tokens: list[int]) -> None:
+        """Empties the cache and reads `tokens` layer by layer, in pieces, which bounds the memory of activations."""
         if self._selection is not None:
             self._selection.begin_reading()
         waiting: list[torch.Tensor] = []

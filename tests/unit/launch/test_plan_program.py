@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from launch.forecast.machine import measured
 
 ROOT = Path(__file__).resolve().parents[3]
 OFFLOADED = ["prompt.max_tokens=127000", "decoding.gamma1=1", "generation.max_new_tokens=256"]
+STRETCHED = "model.max_positions=131072"
+"""The demo pair has 32,768 positions."""
 
 
 def forecast(*overrides: str) -> Forecast:
@@ -66,14 +69,14 @@ KNOWN = [
 
 @pytest.mark.parametrize("name", ["this", "rtx4090"])
 def test_a_machine_that_is_renamed_has_the_same_plan(name):
-    settings = [f"hardware={name}", *KNOWN, "cache.full.tier=host"]
+    settings = [f"hardware={name}", STRETCHED, *KNOWN, "cache.full.tier=host"]
     plans = [forecast(*settings, *more).plan for more in ([], ["hardware.name=abacus"], ["hardware.name=this machine"])]
     assert plans[0] == plans[1] == plans[2]
     assert (plans[0].sizes.hidden_tier == "host") == (name == "rtx4090"), "beside a GPU, the host has the hidden states"
 
 
 def test_device_and_host_are_one_memory_unless_the_machine_has_a_gpu():
-    settings = ["hardware=this", *KNOWN, "cache.full.tier=host"]
+    settings = ["hardware=this", STRETCHED, *KNOWN, "cache.full.tier=host"]
     alone, beside = forecast(*settings).plan, forecast(*settings, "hardware.has_gpu=true").plan
     assert (alone.sizes.hidden_tier, beside.sizes.hidden_tier) == ("device", "host")
     need = sum(alone.totals[tier] for tier in ("device", "host")) / 2**30
@@ -123,6 +126,62 @@ def test_an_unknown_model_is_refused():
         forecast("model.target=nobody/nothing", "hardware=h200")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["prompt.max_tokens=100000"], ["32768 tokens", "100000", "prompt.max_tokens=32768", "model.max_positions"]),
+        (["model=qwen3-8b", "prompt.max_tokens=100000"], ["40960 tokens", "100000"]),
+        (["model=llama2-7b-128k", "prompt.max_tokens=131073"], ["131072 tokens", "131073"]),
+        (["model.max_positions=65536", "prompt.max_tokens=65537"], ["65536 tokens", "65537"]),
+        (["model.max_positions=32768", "prompt.max_tokens=100"], ["model.max_positions is 32768", "above the 32768"]),
+        (
+            ["model=llama2-7b-128k", "prompt.max_tokens=1000", "cache.streaming.window=2000"],
+            ["cache.streaming.window is 2000", "2048 positions"],
+        ),
+    ],
+)
+def test_what_the_models_have_no_positions_for_is_not_planned(overrides, words):
+    with pytest.raises(ConfigError) as refused:
+        forecast("hardware=h200", *overrides)
+    assert all(word in str(refused.value) for word in words), refused.value
+
+
+def test_new_tokens_without_a_position_are_not_planned_and_that_is_said():
+    made = forecast("hardware=h200", "prompt.max_tokens=32760", "generation.max_new_tokens=100")
+    assert made.notes == [
+        "generation.max_new_tokens=100 is cut to 9: the model has 32768 positions, the prompt takes 32760"
+    ]
+    assert forecast("hardware=h200", "prompt.max_tokens=32660", "generation.max_new_tokens=100").notes == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"max_position_embeddings": 8192}, 8192),
+        ({"max_position_embeddings": 8192, "rope_scaling": {"type": "linear", "factor": 4.0}}, 32768),
+        ({"max_position_embeddings": 8192, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, 16384),
+        (
+            {
+                "max_position_embeddings": 4096,
+                "rope_scaling": {"type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096},
+            },
+            131072,
+        ),
+        ({"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 131072),
+        ({"text_config": {"max_position_embeddings": 4096}}, 4096),
+    ],
+)
+def test_positions_of_a_folder_include_rope_scaling(tmp_path, fields, wanted):
+    known = json.loads((ROOT / "assets/demo/target/config.json").read_text())
+    known = {key: value for key, value in known.items() if not key.startswith(("rope", "max_position"))}
+    if "text_config" in fields:
+        known = {"text_config": known | fields["text_config"]}
+    else:
+        known |= fields
+    (tmp_path / "config.json").write_text(json.dumps(known))
+    assert model_shape("model.target", "m", str(tmp_path)).max_positions == wanted
+
+
 def run(*overrides: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "launch/plan.py", *overrides]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -142,6 +201,7 @@ def test_prints_bytes_and_times():
         (["hardware=abacus"], ["hardware", "abacus"]),
         (["hardware.num_devices=0"], ["hardware.num_devices is 0", ">= 1"]),
         (["hardware=h200", "hardware.disk_gb_per_s=0"], ["hardware.disk_gb_per_s is 0", "above 0"]),
+        (["hardware=h200", "prompt.max_tokens=100000"], ["100000", "32768", "model.max_positions"]),
         (["hardware=rtx4090", "hardware.num_devices=3"], ["hardware.num_devices is 3", "2 kv heads"]),
         (["expected.retrieval_acceptance=1.5"], ["expected.retrieval_acceptance is 1.5", "between 0 and 1"]),
         (["prompt.max_tokens=null"], ["prompt.max_tokens"]),

@@ -102,7 +102,7 @@ class FakeEngines(SimpleNamespace):
 
     def prepare(self, config):
         rules = SimpleNamespace(report=lambda: OF_FILE)
-        sizes = {"max_positions": MAX_POSITIONS, "eos_ids": frozenset()}
+        sizes = {"vocab_size": 256, "max_positions": MAX_POSITIONS, "eos_ids": frozenset()}
         return SimpleNamespace(tokenizer=byte_tokenizer(), rules=rules, notes=[], **sizes)
 
     def build(self, task):

@@ -76,6 +76,9 @@ class ScriptedVerifier(Role):
         self.note("verify", tuple(draft.tokens))
         return Verdict(num_accepted=min(self.script.target_accepts, len(draft)), next_token=self.script.target_token)
 
+    def reread(self) -> None:
+        self.note("reread")
+
     def retrieval_update(self, *, rebuild: bool, budget: int | None = None) -> Any:
         self.note("retrieval_update", rebuild, *([] if budget is None else [budget]))
         return f"update, rebuild={rebuild}"
@@ -283,3 +286,25 @@ def test_a_pace_chooses_gammas_and_budget_and_learns_from_each_round():
     assert [each.rebuilt for each in rounds] == [True, False, True, False]
     updates = [call[2:] for call in script.calls if call[1] == "retrieval_update"]
     assert updates == [(True, 64), (False, 64), (True, 128), (False, 128)]
+
+
+def test_no_block_goes_past_the_original_length_and_there_all_is_read_again():
+    script = Script(target_accepts=9)
+    hierarchy = started(script, original_length=6, gamma1=0, gamma2=9, rebuild="never")
+    rounds = [hierarchy.round() for _ in range(3)]
+    # The prompt has 2 tokens, the first round generated one: 3 more are judged in the way of a short text, and one
+    # comes behind them, with which the text is a long one.
+    assert [len(call[2]) for call in script.named("verify")] == [3, 9, 9]
+    assert [record.passes_original_length for record in rounds] == [True, False, False]
+    assert [record.rebuilt for record in rounds] == [True, False, False]
+    calls = [call[:2] for call in script.calls]
+    assert calls.count(("target", "reread")) == 1
+    first = calls.index(("target", "reread"))
+    assert calls[first - 1] == ("drafter", "commit") and calls[first + 1] == ("target", "retrieval_update")
+
+
+def test_a_text_that_ends_at_its_original_length_is_not_read_again():
+    script = Script(target_accepts=9)
+    hierarchy = started(script, original_length=6, gamma1=0, gamma2=9, max_new_tokens=5)
+    assert hierarchy.round().tokens and hierarchy.session.is_finished
+    assert not script.named("reread")

@@ -51,6 +51,7 @@ def test_each_round_is_a_line_at_once(report, tmp_path):
         "inner_steps": [[2, 1]],
         "num_steps_ahead": 0,
         "rebuilt": False,
+        "passes_original_length": False,
         "ahead": None,
         "seconds": 0.5,
         "phases_s": {"draft": 0.25},

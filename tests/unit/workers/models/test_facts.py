@@ -185,6 +185,52 @@ def test_a_folder_without_weights_is_refused(folder):
     assert "model.safetensors is missing" in message
 
 
+def test_weights_in_gguf_alone_are_refused_by_name(folder):
+    (folder / "model.safetensors").rename(folder / "model-q4.gguf")
+    message = message_of(facts_of, folder)
+    assert "model-q4.gguf" in message and "as safetensors" in message
+    (folder / "config.json").unlink()
+    assert "model-q4.gguf" in message_of(facts_of, folder)
+
+
+# ---- Adapters ----
+
+ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "owner/base"}
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["beside weights", "instead of a model"])
+@pytest.mark.parametrize("key", ["model.target", "model.drafter"])
+def test_an_adapter_is_refused_with_the_model_it_is_of(folder, key, beside):
+    (folder / "adapter_config.json").write_text(json.dumps(ADAPTER))
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    if beside:
+        shutil.copy(folder / "adapter_model.safetensors", folder / "model.safetensors")
+    else:
+        (folder / "config.json").unlink()
+    message = message_of(facts_of, folder, key)
+    assert message.startswith(f"{key} is {str(folder)!r}")
+    assert "adapters are not applied" in message and "'owner/base'" in message and "merge_and_unload" in message
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", None], ids=["empty", "a list", "no base", "no file"])
+def test_an_adapter_that_names_no_model_is_refused_too(folder, text):
+    shutil.copy(folder / "model.safetensors", folder / "adapter_model.safetensors")
+    if text is not None:
+        (folder / "adapter_config.json").write_text(text)
+    message = message_of(facts_of, folder)
+    assert "adapters are not applied" in message and "the model that it was trained for" in message
+
+
+# ---- Quantized weights ----
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "nobodys", None])
+def test_quantized_weights_that_cannot_be_read_are_refused_by_their_method(folder, method):
+    change_json(folder / "config.json", quantization_config={"quant_method": method, "bits": 4, "load_in_4bit": True})
+    message = message_of(facts_of, folder)
+    assert "quantization_config" in message and str(method) in message and "not quantized" in message
+
+
 # ---- Families ----
 
 REFUSED_FAMILIES = {
@@ -207,6 +253,29 @@ def test_a_family_that_would_be_served_wrongly_is_refused_by_name(tmp_path, chec
         and REFUSED_FAMILIES[family] in message
         and "such as Llama" in message
     )
+
+
+def test_a_decoder_whose_configuration_denies_it_is_accepted(checkpoints):
+    facts = facts_of(checkpoints("gpt_neox", num_key_value_heads=4))
+    assert facts.config.is_decoder is False
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("bert", ["an encoder", "is_decoder"]),
+        ("modernbert", ["modernbert"]),
+        ("t5", ["an encoder and a decoder"]),
+        ("bart", ["an encoder and a decoder"]),
+        ("whisper", ["an encoder and a decoder"]),
+        ("musicgen", ["several models of text"]),
+    ],
+)
+def test_what_is_no_decoder_alone_is_refused_by_name(tmp_path, checkpoints, family, words):
+    folder = shutil.copytree(checkpoints("llama"), tmp_path / family)
+    AutoConfig.for_model(family).save_pretrained(folder)
+    message = message_of(facts_of, folder)
+    assert message.startswith(f"model.target is {str(folder)!r}") and all(word in message for word in [family, *words])
 
 
 @pytest.mark.parametrize(

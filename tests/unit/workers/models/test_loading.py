@@ -15,6 +15,7 @@ from tests.unit.workers.models.test_facts import CPU, change_json, facts_of, mes
 from workers.attention.forward_pass import ATTENTION_NAME, cached_attention
 from workers.models.layer_major import LayerMajor
 from workers.models.loading import SELF_CHECK_TOLERANCE, load_model
+from workers.models.sharded_weights import weight_files
 
 
 @pytest.fixture
@@ -63,6 +64,53 @@ def test_older_checkpoints_that_would_run_code_are_not_read(folder):
     message = message_of(load_model, facts_of(folder), CPU, self_check=True)
     assert message.startswith("model.target is ")
     assert not (folder / "executed").exists()
+
+
+# ---- Weights that are not finite ----
+
+# One that the self-check's tokens never read, and one that they do.
+UNREAD, READ = "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", [UNREAD, READ])
+@pytest.mark.parametrize("self_check", [True, False])
+def test_a_weight_that_is_not_finite_is_named_with_its_file(tmp_path, name, number, self_check):
+    folder = save_checkpoint(tmp_path / "m", tiny_config("llama"), max_shard_size="12KB")
+    shard = weight_files(str(folder))[name]
+    weights = load_file(shard)
+    weights[name][0, 0] = number
+    save_file(weights, shard, metadata={"format": "pt"})
+    message = message_of(load_model, facts_of(folder, "model.drafter"), CPU, self_check=self_check)
+    assert message.startswith(f"model.drafter is {str(folder)!r}")
+    assert name in message and str(shard) in message and "NaN or infinite" in message and "attention" not in message
+
+
+def test_an_expert_that_is_not_finite_is_named_as_in_its_file(tmp_path):
+    """transformers joins experts to one weight as it reads them."""
+    folder = save_checkpoint(tmp_path / "m", tiny_config("qwen3_moe"))
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "experts.3" in name)
+    weights[name][-1, -1] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    message = message_of(load_model, facts_of(folder), CPU, self_check=True)
+    assert name in message and "model.safetensors" in message
+
+
+def test_numbers_too_large_for_the_type_are_told_from_damaged_ones(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights[READ][0, 0] = 1e6
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    message = message_of(load_model, facts_of(folder, dtype=torch.float16), CPU, self_check=True)
+    assert READ in message and "as float16" in message and "model.dtype" in message
+
+
+def test_older_checkpoints_that_are_not_finite_are_refused_by_the_weight(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights[READ][0, 0] = float("nan")
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert READ in message_of(load_model, facts_of(folder), CPU, self_check=True)
 
 
 # ---- The self-check ----

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from workers.models.rotary import RotaryTable
+from tests.support.tiny_models import random_model, tiny_config
+from workers.models.rotary import RotaryTable, make_length_independent
 
 
 class RemembersTheLongest(torch.nn.Module):
@@ -41,3 +42,20 @@ def test_roles_that_ask_at_the_same_time_get_what_one_would():
         found = list(threads.map(lambda last: (last, rows(table, last)), [*lasts, *reversed(lasts)] * 2))
     for last, (cos, sin) in found:
         assert torch.equal(cos, wanted[0][:, : last + 1]) and torch.equal(sin, wanted[1][:, : last + 1])
+
+
+def test_only_a_family_that_rereads_gets_other_rotations_when_tokens_are_read_again():
+    """This rotary embedding rotates 10 tokens by one angle, and 30 by another."""
+    stays, changes = fresh_table(), RotaryTable(RemembersTheLongest(), rereads=True)
+    changes.read_prompt(10)
+    before = rows(stays, 9), rows(changes, 9)
+    for table in (stays, changes):
+        table.read_again(30)
+    assert torch.equal(rows(stays, 9)[0], before[0][0])
+    assert not torch.equal(rows(changes, 9)[0], before[1][0])
+
+
+def test_a_model_without_rotations_needs_no_table_whatever_its_configuration_says():
+    model = random_model(tiny_config("opt", word_embed_proj_dim=32, ffn_dim=48, num_key_value_heads=4))
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert make_length_independent(model) is None
