@@ -39,6 +39,24 @@ class StreamStats:
     seconds: float = 0.0
     stall_seconds: float = 0.0
 
+    @property
+    def gb_per_s(self) -> float:
+        """Rate of the copies while any was under way; 0 where there was none."""
+        return self.num_bytes / self.seconds / 1e9 if self.seconds else 0.0
+
+    @property
+    def hidden_share(self) -> float | None:
+        """Share of the seconds with a copy under way in which attention did not wait for it; None without a copy."""
+        return max(0.0, 1 - self.stall_seconds / self.seconds) if self.seconds else None
+
+    def since(self, before: StreamStats) -> StreamStats:
+        """What was counted after the counts stood as they do in `before`."""
+        return StreamStats(
+            self.num_bytes - before.num_bytes,
+            self.seconds - before.seconds,
+            self.stall_seconds - before.stall_seconds,
+        )
+
 
 class BlockStreamer(Protocol):
     """Brings blocks to the device, ahead of the consumer by as many as there are buffers."""

@@ -117,13 +117,12 @@ class RoleBuilder:
         """
         assert self.full_cache is not None, "there is no verifier here"
         stats = self.full_cache.stream_stats
-        rate = stats.num_bytes / stats.seconds / 1e9 if stats.seconds else 0.0
         return {
             "bytes": stats.num_bytes,
             "seconds": stats.seconds,
-            "gb_per_s": rate,
+            "gb_per_s": stats.gb_per_s,
             "stall_s": stats.stall_seconds,
-            "overlap": hidden_share(stats.seconds, stats.stall_seconds),
+            "overlap": stats.hidden_share,
             "emulated_link_gb_per_s": self.tiers.link.gb_per_s,
             "damaged_blocks": self.tiers.disk.num_damaged + self.tiers.host.num_damaged,
         }
@@ -258,11 +257,6 @@ class RoleBuilder:
 def disk_folder(config: RunConfig) -> Path:
     """Where the disk tier has its files."""
     return Path(config.tiers.disk.folder or config.output)
-
-
-def hidden_share(seconds: float, stall_seconds: float) -> float | None:
-    """Share of the seconds in which copies were under way, in which attention did not wait for them."""
-    return max(0.0, 1 - stall_seconds / seconds) if seconds else None
 
 
 def pci_address(device: torch.device) -> str:

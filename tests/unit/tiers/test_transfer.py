@@ -12,11 +12,10 @@ from contextlib import closing
 import pytest
 import torch
 
-from launch.assembly.role_builder import hidden_share
 from tests.support.all_caches import PoisonedDeviceTier
 from tiers.block_writer import BlockWriter
 from tiers.link import Link
-from tiers.transfer import COPY_THREAD, CpuBlockStreamer, make_streamer
+from tiers.transfer import COPY_THREAD, CpuBlockStreamer, StreamStats, make_streamer
 
 BLOCK_SIZE = (2, 2, 8, 4)
 BLOCK_BYTES = 2 * 2 * 8 * 4 * 4
@@ -237,10 +236,8 @@ def test_a_consumer_slower_than_the_copies_hardly_stalls():
         values_taken(streamer, 6, seconds_per_block=10 * COPY_SECONDS)
         stats = streamer.stats
         assert stats.stall_seconds < 0.8 * stats.seconds
-        assert hidden_share(stats.seconds, stats.stall_seconds) == pytest.approx(
-            1 - stats.stall_seconds / stats.seconds
-        )
-    assert hidden_share(0.0, 0.0) is None
+        assert stats.hidden_share == pytest.approx(1 - stats.stall_seconds / stats.seconds)
+    assert StreamStats().hidden_share is None
 
 
 def alive_copy_threads() -> int:
