@@ -19,6 +19,9 @@ from tiers.block_writer import BlockWriter
 from tiers.device_layer import DeviceLayer
 from tiers.transfer import BlockStreamer, StreamStats
 
+READ_TOKENS = 1024
+"""Tokens that whoever reads a whole cache reads at once: few, so that what is needed on the device stays small."""
+
 
 class LayerPrefill:
     """A layer's keys and values while the pieces of a prompt pass through it; see tiers.base.KVCache.

@@ -11,7 +11,7 @@ import torch
 
 from conf.schema import LOOKUP_DRAFTER, ConfigError, CudaGraphs, Dtype, RunConfig
 from launch.assembly.sizing import streaming_sizes
-from tiers.planning.memory import num_idle_cores
+from tiers.planning.memory import cpu_computes_bf16, num_idle_cores
 from workers.models.facts import ModelFacts, check_same_vocabulary, describe
 
 DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16, Dtype.float16: torch.float16}
@@ -99,7 +99,7 @@ def _set_threads(threads: str) -> int:
 def _choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     if dtype is not Dtype.auto:
         return DTYPES[dtype]
-    computes_bf16 = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    computes_bf16 = device.type == "cuda" or cpu_computes_bf16()
     return torch.bfloat16 if computes_bf16 else torch.float32
 
 

@@ -1,4 +1,4 @@
-"""How much there is: free memory on the device, and on the host within the limits of the cgroup; free disk; cores."""
+"""What there is: free memory on the device, and on the host within the limits of the cgroup; free disk; idle cores."""
 
 from __future__ import annotations
 
@@ -101,3 +101,8 @@ def num_idle_cores() -> int:
     if quota != "max":
         num_idle = min(num_idle, int(quota) / int(period))
     return max(1, round(num_idle))
+
+
+def cpu_computes_bf16() -> bool:
+    """Whether this processor multiplies matrices in bf16, as oneDNN finds."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

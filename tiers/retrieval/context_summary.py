@@ -12,10 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from tiers.base import CacheShape, Tier
-from tiers.full_cache import FullCache
-
-READ_TOKENS = 1024
-"""Tokens read from the cache at once: few, so that what is needed on the device stays small."""
+from tiers.full_cache import READ_TOKENS, FullCache
 
 
 @dataclass(slots=True)

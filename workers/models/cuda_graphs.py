@@ -25,6 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tiers.fixed_slots import FixedSlots, SlotCache
+from tiers.transfer import cuda_stream
 from workers.attention.forward_pass import PassCache
 from workers.models.causal_model import CausalModel
 
@@ -120,7 +121,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch gives it no types
+        self._stream = cuda_stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Run) -> Run:
