@@ -26,6 +26,11 @@ def padded(num_tokens: int) -> int:
     return -(-num_tokens // QUANTUM) * QUANTUM
 
 
+def oldest_seen(position: int, window: int | None) -> int:
+    """Position of the oldest key that the token at `position` sees through a sliding `window`, in tokens, or None."""
+    return 0 if window is None else max(0, position - window + 1)
+
+
 def padded_to_pages(num_bytes: int) -> int:
     """Bytes that a block of `num_bytes` takes in a file: whole pages."""
     return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES

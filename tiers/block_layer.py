@@ -25,6 +25,14 @@ from tiers.block_writer import BlockWriter
 from tiers.link import AS_FAST_AS_IT_IS, Link
 
 
+def tail_slots(block_tokens: int, slack: int) -> int:
+    """Number of tokens that a tail has room for, padded.
+
+    Those of one block, `slack` tentative ones, and as many that a roll back may still reach.
+    """
+    return padded(block_tokens + 2 * slack)
+
+
 class BlockLayer:
     """Keys and values of one layer in blocks off the device, the newest in a tail on the device."""
 
@@ -33,7 +41,7 @@ class BlockLayer:
     ):
         self.block_tokens = store.shape.num_tokens
         self._store, self._slack, self._link = store, slack, link
-        size = (2, shape.num_kv_heads, padded(self.block_tokens + 2 * slack), shape.head_dim)
+        size = (2, shape.num_kv_heads, tail_slots(self.block_tokens, slack), shape.head_dim)
         self._tail = device_tier.allocate(*size, dtype=shape.dtype).zero_()
         self.num_blocks = 0
 

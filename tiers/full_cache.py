@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 
-from tiers.base import BlockSource, Segment
+from tiers.base import BlockSource, Segment, oldest_seen
 from tiers.block_layer import BlockLayer, Collection
 from tiers.block_writer import BlockWriter
 from tiers.device_layer import DeviceLayer
@@ -40,7 +40,7 @@ class LayerPrefill:
         self._space.append(self.length, k, v)
 
     def segments(self, layer: int) -> Iterator[Segment]:
-        first = 0 if self._window is None else max(0, self.length - self._window + 1)
+        first = oldest_seen(self.length, self._window)
         yield self._space.segment(first, self.length + self._num_new, self._num_new)
 
     def end(self) -> None:
@@ -216,8 +216,7 @@ class FullCache:
 
     def _first_seen(self, layer: int) -> int:
         """Position of the oldest key that the first new token sees."""
-        window = self._windows[layer]
-        return 0 if window is None else max(0, self.length - window + 1)
+        return oldest_seen(self.length, self._windows[layer])
 
     def _first_block(self, layer: int, store: BlockLayer) -> int:
         """Number of the first block of layer `layer` that the first new token sees."""
