@@ -24,7 +24,7 @@ from tiers.planning.sizes import TierName
 from tiers.quantised_retrieval_cache import QuantisedRetrievalCache
 from tiers.retrieval.rule import Pool, not_pooled
 from tiers.retrieval.selection import RetrievalSelection
-from tiers.retrieval_cache import RetrievalUpdate
+from tiers.retrieval_cache import RetrievalCache, RetrievalUpdate
 from tiers.streaming_llm_cache import StreamingLLMCache
 from workers.acceptance import KeyedRandom, make_coupling
 from workers.drafter import Drafter
@@ -34,7 +34,7 @@ from workers.models.causal_model import CausalModel, DraftingModel
 from workers.models.cuda_graphs import CudaRecorder, RecordedModel, Recorder, run_anew
 from workers.models.facts import ModelFacts
 from workers.models.loading import load_model
-from workers.models.retrieval_model import RetrievalKVCache, RetrievalModel
+from workers.models.retrieval_model import RetrievalModel
 from workers.models.shared_weights import load_shared_model
 from workers.models.streaming_model import StreamingModel
 from workers.models.target_model import TargetModel
@@ -45,7 +45,7 @@ from workers.target_verifier import TargetVerifier
 
 UpdateT = TypeVar("UpdateT")
 LEVEL_DRAFTER, LEVEL_RETRIEVAL, LEVEL_TARGET = 1, 2, 3
-DraftCache = StreamingLLMCache | RetrievalKVCache
+DraftCache = StreamingLLMCache | RetrievalCache
 """Cache of a draft level."""
 
 
@@ -165,7 +165,7 @@ class RoleBuilder:
 
     def retriever_with(
         self,
-        make_model: Callable[[DraftingModel, RetrievalKVCache], RetrievalCachedModel[UpdateT]],
+        make_model: Callable[[DraftingModel, RetrievalCache], RetrievalCachedModel[UpdateT]],
         target: CausalModel,
         tier: Tier | None = None,
     ) -> RetrievalDrafter[UpdateT]:
@@ -229,7 +229,7 @@ class RoleBuilder:
 
     # ---- Caches. ----
 
-    def retrieval_cache(self, tier: Tier) -> RetrievalKVCache:
+    def retrieval_cache(self, tier: Tier) -> RetrievalCache:
         """The retrieval cache, in `tier`."""
         return caches.retrieval_cache(self.sizes, self.target_facts.cache_shape, tier)
 
