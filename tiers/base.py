@@ -147,16 +147,12 @@ class Segment:
     hidden: torch.Tensor | None = None
 
 
-class KVCache(Protocol):
-    """Keys and values of a sequence's first `length` tokens, or of some of them.
+class PassCache(Protocol):
+    """A cache as a forward pass uses it.
 
-    A forward pass over T new tokens calls `begin(T)`, then for each layer `append` and `segments`, then `end()`, with
-    which the tokens count. The segments of a layer cover what the level sees, the new tokens in the last of them.
+    A pass over T new tokens calls `begin(T)`, then for each layer `append` and `segments`, then `end()`, with which the
+    tokens count. The segments of a layer cover what the level sees, the new tokens in the last of them.
     """
-
-    @property
-    def length(self) -> int:
-        """Number of tokens that count."""
 
     def begin(self, num_new: int) -> None:
         """Begins a forward pass over `num_new` tokens."""
@@ -172,6 +168,14 @@ class KVCache(Protocol):
 
     def abort(self) -> None:
         """Undoes a pass that failed, as if it had not begun."""
+
+
+class KVCache(PassCache, Protocol):
+    """Keys and values of a sequence's first `length` tokens, or of some of them: what every level's cache can do."""
+
+    @property
+    def length(self) -> int:
+        """Number of tokens that count: the position of the next one."""
 
     def truncate(self, length: int) -> None:
         """Rolls back to the first `length` tokens."""

@@ -20,8 +20,11 @@ KEYS, VALUES = 0, 1
 class QuantisedRetrievalCache(RetrievalCache):
     """A RetrievalCache of which the first `budget` tokens that a rebuild brings are quantised.
 
-    The slots of its base hold what is exact: tokens that the budget has no room for, and newer ones.
+    Its slots hold what is exact: tokens that the budget has no room for, and newer ones.
     """
+
+    can_record = False
+    """Chunks are dequantised as a layer is read, and are in no slot."""
 
     def __init__(
         self,

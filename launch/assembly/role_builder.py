@@ -15,17 +15,16 @@ from launch.assembly.caches import Tiers
 from tiers.base import Tier
 from tiers.device_tier import DeviceTier
 from tiers.disk_tier import DiskTier, best_num_readers
+from tiers.fixed_slots import SlotCache
 from tiers.full_cache import FullCache
 from tiers.link import Link
 from tiers.pinned_host_tier import PinnedHostTier, can_pin
 from tiers.planning.numa import bind_to_node_of
 from tiers.planning.plan import MemoryPlan
 from tiers.planning.sizes import TierName
-from tiers.quantised_retrieval_cache import QuantisedRetrievalCache
 from tiers.retrieval.rule import Pool, not_pooled
 from tiers.retrieval.selection import RetrievalSelection
 from tiers.retrieval_cache import RetrievalCache, RetrievalUpdate
-from tiers.streaming_llm_cache import StreamingLLMCache
 from workers.acceptance import KeyedRandom, make_coupling
 from workers.drafter import Drafter
 from workers.level import LevelCoupling
@@ -45,8 +44,6 @@ from workers.target_verifier import TargetVerifier
 
 UpdateT = TypeVar("UpdateT")
 LEVEL_DRAFTER, LEVEL_RETRIEVAL, LEVEL_TARGET = 1, 2, 3
-DraftCache = StreamingLLMCache | RetrievalCache
-"""Cache of a draft level."""
 
 
 class RoleBuilder:
@@ -192,7 +189,7 @@ class RoleBuilder:
         names_runners_up = self._wants_runners_up and not config.uses_retrieval
         return Drafter(model, coupling, vocab_size, names_runners_up=names_runners_up)
 
-    def _recorded(self, facts: ModelFacts, model: CausalModel, cache: DraftCache) -> CausalModel | RecordedModel:
+    def _recorded(self, facts: ModelFacts, model: CausalModel, cache: SlotCache) -> CausalModel | RecordedModel:
         """`model`, or what replays its passes over `cache`, where that is asked for and can be."""
         if self.config.decoding.cuda_graphs is not CudaGraphs.on:
             return model
@@ -201,10 +198,10 @@ class RoleBuilder:
             "a rotary embedding that depends on length": model.depends_on_length,
             "weights on several devices": facts.shard != WHOLE,
             "roles in threads of their own": self._random is None,
-            "quantised chunks": isinstance(cache, QuantisedRetrievalCache),
+            "quantised chunks": not cache.can_record,
         }
         reason = next((reason for reason, holds in reasons.items() if holds), None)
-        if reason is not None or isinstance(cache, QuantisedRetrievalCache):
+        if reason is not None:
             self.notes.append(f"{facts.key}: no CUDA graphs, because of {reason}")
             return model
         # A step reads what is drafted, and the tokens before that the level above brought.
