@@ -90,19 +90,35 @@ class Tier(Protocol):
         """Counts the tensor's bytes as given back."""
 
 
-class StoredBlock(Protocol):
-    """A block that is not in memory, to be streamed like one that is."""
+class BlockSource(Protocol):
+    """Source of a streamed block."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of the block's keys and values."""
 
+    @property
+    def memory(self) -> torch.Tensor | None:
+        """The block itself, where it lies in memory of the host and is not checked as it is read; else None."""
+
     def read_into(self, buffer: torch.Tensor) -> None:
         """Fills `buffer`, on the host. Raises DamagedBlockError."""
 
 
-BlockSource = torch.Tensor | StoredBlock
-"""Source of a streamed block: its memory on the host, or that which reads it."""
+@dataclass(frozen=True, slots=True)
+class BlockInMemory:
+    """A BlockSource that copies from `memory` on the host."""
+
+    memory: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the block's keys and values."""
+        return self.memory.nbytes
+
+    def read_into(self, buffer: torch.Tensor) -> None:
+        """Fills `buffer`, on the host."""
+        buffer.copy_(self.memory)
 
 
 class BlockStore(Protocol):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.support.all_caches import PoisonedDeviceTier
+from tiers.base import BlockInMemory
 from tiers.block_writer import BlockWriter
 from tiers.link import Link
 from tiers.transfer import COPY_THREAD, CpuBlockStreamer, StreamStats, make_streamer
@@ -50,9 +51,9 @@ class SlowTier(PoisonedDeviceTier):
         return tensor
 
 
-def blocks(count: int, first: int = 1) -> list[torch.Tensor]:
+def blocks(count: int, first: int = 1) -> list[BlockInMemory]:
     """Different ones: filled with first, first + 1, ..."""
-    return [torch.full(BLOCK_SIZE, float(value)) for value in range(first, first + count)]
+    return [BlockInMemory(torch.full(BLOCK_SIZE, float(value))) for value in range(first, first + count)]
 
 
 def slow_streamer(kind=CpuBlockStreamer, num_buffers: int = 2) -> tuple[CpuBlockStreamer, SlowTier]:
@@ -193,7 +194,7 @@ def test_cancel_stops_the_copies_of_the_pass():
 def test_error_of_a_copy_reaches_the_consumer_at_its_block_and_the_next_pass_works(num_good):
     streamer, _ = slow_streamer()
     with closing(streamer):
-        bad = torch.full(BLOCK_SIZE, BROKEN)
+        bad = BlockInMemory(torch.full(BLOCK_SIZE, BROKEN))
         streamer.begin([*blocks(num_good), bad, *blocks(2)])
         taken = streamer.take(num_good + 3)
         for number in numbers(num_good):
