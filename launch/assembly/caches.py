@@ -22,7 +22,7 @@ from tiers.block_writer import BlockWriter
 from tiers.device_layer import DeviceLayer
 from tiers.device_tier import DeviceTier
 from tiers.disk_tier import DiskTier
-from tiers.full_cache import FullCache
+from tiers.full_cache import CacheLayer, FullCache
 from tiers.link import Link
 from tiers.pinned_host_tier import PinnedHostTier
 from tiers.planning.sizes import RetrievalSizes, Sizes, StreamingSizes
@@ -66,7 +66,7 @@ def full_cache(
     stores: list[BlockStore] = []
     stores += [tiers.disk.blocks(block, sizes.num_blocks) for _ in range(sizes.num_disk_layers)]
     stores += [tiers.host.blocks(block, sizes.num_blocks) for _ in range(sizes.num_host_layers)]
-    layers: list[DeviceLayer | BlockLayer] = [
+    layers: list[CacheLayer] = [
         BlockLayer(shape, store, sizes.slack_tokens, tiers.device, tiers.link) for store in stores
     ]
     layers += [DeviceLayer(shape, sizes.capacity, tiers.device) for _ in range(sizes.num_device_layers)]
