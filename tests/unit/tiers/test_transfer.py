@@ -241,6 +241,13 @@ def test_a_consumer_slower_than_the_copies_hardly_stalls():
     assert StreamStats().hidden_share is None
 
 
+def test_counts_of_a_part_are_the_difference_of_those_of_the_whole():
+    part = StreamStats(5_000_000_000, 7.0, 3.0).since(StreamStats(1_000_000_000, 3.0, 2.0))
+    assert part == StreamStats(4_000_000_000, 4.0, 1.0)
+    assert (part.gb_per_s, part.hidden_share) == (1.0, 0.75)
+    assert StreamStats().gb_per_s == 0.0
+
+
 def alive_copy_threads() -> int:
     return sum(thread.name.startswith(COPY_THREAD) for thread in threading.enumerate())
 
