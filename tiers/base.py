@@ -26,6 +26,11 @@ def padded(num_tokens: int) -> int:
     return -(-num_tokens // QUANTUM) * QUANTUM
 
 
+def oldest_seen(position: int, window: int | None) -> int:
+    """Position of the oldest key that the token at `position` sees through a sliding `window`, in tokens, or None."""
+    return 0 if window is None else max(0, position - window + 1)
+
+
 def padded_to_pages(num_bytes: int) -> int:
     """Bytes that a block of `num_bytes` takes in a file: whole pages."""
     return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
@@ -85,19 +90,35 @@ class Tier(Protocol):
         """Counts the tensor's bytes as given back."""
 
 
-class StoredBlock(Protocol):
-    """A block that is not in memory, to be streamed like one that is."""
+class BlockSource(Protocol):
+    """Source of a streamed block."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of the block's keys and values."""
 
+    @property
+    def memory(self) -> torch.Tensor | None:
+        """The block itself, where it lies in memory of the host and is not checked as it is read; else None."""
+
     def read_into(self, buffer: torch.Tensor) -> None:
         """Fills `buffer`, on the host. Raises DamagedBlockError."""
 
 
-BlockSource = torch.Tensor | StoredBlock
-"""Source of a streamed block: its memory on the host, or that which reads it."""
+@dataclass(frozen=True, slots=True)
+class BlockInMemory:
+    """A BlockSource that copies from `memory` on the host."""
+
+    memory: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the block's keys and values."""
+        return self.memory.nbytes
+
+    def read_into(self, buffer: torch.Tensor) -> None:
+        """Fills `buffer`, on the host."""
+        buffer.copy_(self.memory)
 
 
 class BlockStore(Protocol):
@@ -142,16 +163,12 @@ class Segment:
     hidden: torch.Tensor | None = None
 
 
-class KVCache(Protocol):
-    """Keys and values of a sequence's first `length` tokens, or of some of them.
+class PassCache(Protocol):
+    """A cache as a forward pass uses it.
 
-    A forward pass over T new tokens calls `begin(T)`, then for each layer `append` and `segments`, then `end()`, with
-    which the tokens count. The segments of a layer cover what the level sees, the new tokens in the last of them.
+    A pass over T new tokens calls `begin(T)`, then for each layer `append` and `segments`, then `end()`, with which the
+    tokens count. The segments of a layer cover what the level sees, the new tokens in the last of them.
     """
-
-    @property
-    def length(self) -> int:
-        """Number of tokens that count."""
 
     def begin(self, num_new: int) -> None:
         """Begins a forward pass over `num_new` tokens."""
@@ -167,6 +184,14 @@ class KVCache(Protocol):
 
     def abort(self) -> None:
         """Undoes a pass that failed, as if it had not begun."""
+
+
+class KVCache(PassCache, Protocol):
+    """Keys and values of a sequence's first `length` tokens, or of some of them: what every level's cache can do."""
+
+    @property
+    def length(self) -> int:
+        """Number of tokens that count: the position of the next one."""
 
     def truncate(self, length: int) -> None:
         """Rolls back to the first `length` tokens."""

@@ -9,31 +9,48 @@ A layer in blocks, of `length` tokens:
 A block is one contiguous copy. Only the tail is ever written in small pieces, and roll back touches nothing else,
 but for a truncation deep into the past, which reads a block back.
 
-Chunks that the retrieval cache wants of a layer in blocks are copied as its blocks pass (Collection): fetched for that
-alone they would take the link's time, and from disk nearly as many bytes as the pass itself.
+Chunks that the retrieval cache wants of a layer in blocks are copied as its blocks pass (tiers.collection): fetched for
+that alone they would take the link's time, and from disk nearly as many bytes as the pass itself.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 
 from tiers.base import BlockSource, BlockStore, CacheShape, Segment, Tier, padded, tokens_of_chunks
 from tiers.block_writer import BlockWriter
+from tiers.collection import Collection
+from tiers.device_layer import DeviceLayer, LayerPrefill
 from tiers.link import AS_FAST_AS_IT_IS, Link
+from tiers.transfer import BlockStreamer
+
+
+def tail_slots(block_tokens: int, slack: int) -> int:
+    """Number of tokens that a tail has room for, padded.
+
+    Those of one block, `slack` tentative ones, and as many that a roll back may still reach.
+    """
+    return padded(block_tokens + 2 * slack)
 
 
 class BlockLayer:
-    """Keys and values of one layer in blocks off the device, the newest in a tail on the device."""
+    """Keys and values of one layer in blocks off the device, the newest in a tail on the device.
+
+    In the full cache it is a tiers.full_cache.CacheLayer.
+    """
+
+    is_in_blocks = True
 
     def __init__(
         self, shape: CacheShape, store: BlockStore, slack: int, device_tier: Tier, link: Link = AS_FAST_AS_IT_IS
     ):
         self.block_tokens = store.shape.num_tokens
         self._store, self._slack, self._link = store, slack, link
-        size = (2, shape.num_kv_heads, padded(self.block_tokens + 2 * slack), shape.head_dim)
+        size = (2, shape.num_kv_heads, tail_slots(self.block_tokens, slack), shape.head_dim)
         self._tail = device_tier.allocate(*size, dtype=shape.dtype).zero_()
         self.num_blocks = 0
 
@@ -51,13 +68,32 @@ class BlockLayer:
         self._tail[0, :, held : held + num_new] = k
         self._tail[1, :, held : held + num_new] = v
 
-    def segment(self, end: int, num_new: int) -> Segment:
+    def segments(
+        self, first_seen: int, end: int, num_new: int, streamer: BlockStreamer | None, collection: Collection | None
+    ) -> Iterator[Segment]:
+        """Yields the blocks from the one with token `first_seen` on, as they come, and then the tail."""
+        assert streamer is not None, "a layer in blocks, and no streamer"
+        first = self._first_block(first_seen)
+        for index, block in enumerate(streamer.take(self.num_blocks - first), start=first):
+            if collection is not None:
+                collection.take_block(index, block)
+            yield Segment(block[0], block[1], start=index * self.block_tokens)
+        if collection is not None:
+            collection.take_tail(self.num_blocks, self._tail)
+        yield self._tail_segment(end, num_new)
+        self._settle(end)
+
+    def _first_block(self, first_seen: int) -> int:
+        """Number of the first block with tokens from position `first_seen` on."""
+        return min(first_seen // self.block_tokens, self.num_blocks)
+
+    def _tail_segment(self, end: int, num_new: int) -> Segment:
         """Tokens `tail_start` to `end`, of which the last `num_new` are new, and padding."""
         num_tokens = end - self.tail_start
         k, v = self._tail[:, :, : padded(num_tokens)]
         return Segment(k, v, start=self.tail_start, num_new=num_new, num_pad=k.shape[1] - num_tokens)
 
-    def settle(self, length: int) -> None:
+    def _settle(self, length: int) -> None:
         """Stores the blocks of the tail that no roll back reaches."""
         newest = self._tail[:, :, : length - self.tail_start]
         num_stored = max(0, newest.shape[2] - self._slack) // self.block_tokens
@@ -125,13 +161,18 @@ class BlockLayer:
             kv[side][~is_stored] = self._tail[side][head_ids[~is_stored], tail_tokens]
         return kv[0], kv[1]
 
-    def collect_tail(self, collection: Collection) -> None:
-        """Shows the tail to `collection`, as the last that passes."""
-        collection.take_tail(self.num_blocks, self._tail)
+    def collection(self, chunk_ids: torch.Tensor, chunk_size: int, out: torch.Tensor) -> Collection:
+        """Copies these chunks to `out` as the blocks of a pass go by."""
+        return Collection(chunk_ids, chunk_size, self.block_tokens, out)
 
-    def stream_sources(self, first: int) -> list[BlockSource]:
-        """Sources of the blocks from number `first` on, for a streamer."""
-        return [self._store.source(index) for index in range(first, self.num_blocks)]
+    def stream_sources(self, first_seen: int) -> list[BlockSource]:
+        """Sources of the blocks that `segments` takes from the streamer."""
+        return [self._store.source(index) for index in range(self._first_block(first_seen), self.num_blocks)]
+
+    def prefill(self, window: int | None, space: DeviceLayer | None, writer: BlockWriter | None) -> LayerPrefill:
+        """The cache that pieces of a prompt are read into: `space`, from which `writer` stores the blocks."""
+        assert space is not None and writer is not None, "a layer in blocks, and no space to read a prompt into"
+        return BlockLayerPrefill(space, window, self, writer)
 
     def _read_block(self, index: int, begin: int, end: int) -> torch.Tensor:
         self._synchronize()
@@ -149,44 +190,18 @@ class BlockLayer:
             torch.cuda.current_stream(self._tail.device).synchronize()
 
 
-class Collection:
-    """Copies chunks `chunk_ids` [H, m] of a layer in blocks to `out` [2, >= H * m * chunk_size, D] as the blocks pass.
+class BlockLayerPrefill(LayerPrefill):
+    """A LayerPrefill of a layer in blocks: `writer` stores each block behind the computation."""
 
-    Both are on the device. Tokens that do not pass, because no query sees them any more through the layer's sliding
-    window, are left as they are in `out`: finite, but without meaning.
-    """
+    def __init__(self, space: DeviceLayer, window: int | None, layer: BlockLayer, writer: BlockWriter):
+        super().__init__(space, window)
+        self._layer, self._writer = layer, writer
 
-    def __init__(self, chunk_ids: torch.Tensor, chunk_size: int, block_tokens: int, out: torch.Tensor):
-        tokens = tokens_of_chunks(chunk_ids, chunk_size)
-        heads = torch.arange(tokens.shape[0], device=tokens.device)[:, None].expand_as(tokens).flatten()
-        self._kv = out[:, : tokens.numel()]
-        self._size = (2, *tokens.shape, out.shape[-1])
-        self._slots = tokens.flatten().argsort()
-        self._heads, self._tokens = heads[self._slots], tokens.flatten()[self._slots]
-        # Of the sorted tokens, how many lie in blocks up to each.
-        self._ends = torch.bincount(self._tokens // block_tokens).cumsum(0).tolist()
-        self._block_tokens = block_tokens
-        self.is_complete = False
+    def end(self) -> None:
+        super().end()
+        self._layer.store_prompt(self._space.kv, self.length, self._writer)
 
-    def take_block(self, index: int, block: torch.Tensor) -> None:
-        """Copies what is wanted of `block` [2, H, B, D], the one of number `index`."""
-        if index < len(self._ends):
-            self._take(self._ends[index - 1] if index else 0, self._ends[index], index * self._block_tokens, block)
-
-    def take_tail(self, num_blocks: int, tail: torch.Tensor) -> None:
-        """Copies what is wanted of `tail`, the tokens behind `num_blocks` blocks: the last to pass."""
-        if self._ends:
-            first = self._ends[min(num_blocks, len(self._ends)) - 1] if num_blocks else 0
-            self._take(first, self._ends[-1], num_blocks * self._block_tokens, tail)
-        self.is_complete = True
-
-    def _take(self, first: int, end: int, start: int, rows: torch.Tensor) -> None:
-        """Copies the sorted tokens `first` to `end` from `rows` [2, H, N, D], which begin at position `start`."""
-        if first < end:
-            tokens = self._tokens[first:end] - start
-            self._kv[:, self._slots[first:end]] = rows[:, self._heads[first:end], tokens]
-
-    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [H, m * chunk_size, D] of the chunks, as `gather` gives them."""
-        k, v = self._kv.view(self._size)
-        return k, v
+    def finish(self) -> None:
+        """Waits until the blocks are stored; the rest goes to the layer's tail."""
+        self._writer.drain()
+        self._layer.finish_prompt(self._space.kv, self.length)

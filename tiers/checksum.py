@@ -27,10 +27,14 @@ class CheckedBlocks(Protocol):
 
 @dataclass(slots=True)
 class CheckedBlock:
-    """One block of a store, to be streamed; a tiers.base.StoredBlock."""
+    """One block of a store, to be streamed; a tiers.base.BlockSource."""
 
     blocks: CheckedBlocks
     index: int
+
+    @property
+    def memory(self) -> None:
+        """None: wherever the block is, it is checked on its way."""
 
     @property
     def nbytes(self) -> int:

@@ -12,15 +12,14 @@ from typing import Protocol
 
 import torch
 
-from tiers.base import Segment
+from tiers.base import KVCache, Segment
 
 
-class SlotCache(Protocol):
-    """A KVCache whose memory stays where it is, with a slot for each token that it holds, in order."""
+class SlotCache(KVCache, Protocol):
+    """A draft level's cache, whose memory stays where it is, with a slot for each token that it holds, in order."""
 
-    @property
-    def length(self) -> int:
-        """Number of tokens that count."""
+    can_record: bool
+    """Whether slots and summaries are all that it holds, so that a recorded pass over them sees what it should."""
 
     @property
     def next_slot(self) -> int:
@@ -32,18 +31,9 @@ class SlotCache(Protocol):
     def summaries(self, layer: int) -> Segment | None:
         """Segment that is seen beside the slots, with a bias that hides what is empty; None where there is none."""
 
-    def begin(self, num_new: int) -> None:
-        """Begins a forward pass over `num_new` tokens."""
-
-    def end(self) -> None:
-        """Ends the pass: from now on its tokens count."""
-
-    def abort(self) -> None:
-        """Undoes a pass that failed."""
-
 
 class FixedSlots:
-    """The KVCache of one forward pass over `cache`, whose new tokens go to slots `places` [T], ascending by one.
+    """The PassCache of one forward pass over `cache`, whose new tokens go to slots `places` [T], ascending by one.
 
     The cache's own `begin` and `end` are the caller's.
     """

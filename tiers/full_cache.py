@@ -10,61 +10,55 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import chain
+from typing import Protocol
 
 import torch
 
-from tiers.base import BlockSource, Segment
-from tiers.block_layer import BlockLayer, Collection
+from tiers.base import BlockSource, Segment, oldest_seen
 from tiers.block_writer import BlockWriter
-from tiers.device_layer import DeviceLayer
+from tiers.collection import Collection
+from tiers.device_layer import DeviceLayer, LayerPrefill
 from tiers.transfer import BlockStreamer, StreamStats
 
+READ_TOKENS = 1024
+"""Tokens that whoever reads a whole cache reads at once: few, so that what is needed on the device stays small."""
 
-class LayerPrefill:
-    """A layer's keys and values while the pieces of a prompt pass through it; see tiers.base.KVCache.
 
-    `space` holds all of them. `window` is the layer's sliding window in tokens, or None.
+class CacheLayer(Protocol):
+    """One layer of the full cache, wherever its keys and values are: a DeviceLayer or a BlockLayer.
+
+    Positions count tokens of the sequence; `first_seen` is that of the oldest key that a pass sees.
     """
 
-    def __init__(self, space: DeviceLayer, window: int | None):
-        self._space, self._window = space, window
-        self.length = self._num_new = 0
+    is_in_blocks: bool
+    """Whether its older tokens are in blocks off the device."""
 
-    def begin(self, num_new: int) -> None:
-        self._num_new = num_new
+    def append(self, length: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Writes keys and values [H, T, D] behind the first `length` tokens."""
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        self._space.append(self.length, k, v)
+    def stream_sources(self, first_seen: int) -> list[BlockSource]:
+        """Sources of the blocks that a pass takes from the streamer for this layer."""
 
-    def segments(self, layer: int) -> Iterator[Segment]:
-        first = 0 if self._window is None else max(0, self.length - self._window + 1)
-        yield self._space.segment(first, self.length + self._num_new, self._num_new)
+    def segments(
+        self, first_seen: int, end: int, num_new: int, streamer: BlockStreamer | None, collection: Collection | None
+    ) -> Iterator[Segment]:
+        """Yields tokens up to `end`, of which the last `num_new` are new; `collection` sees what passes."""
 
-    def end(self) -> None:
-        self.length += self._num_new
+    def collection(self, chunk_ids: torch.Tensor, chunk_size: int, out: torch.Tensor) -> Collection | None:
+        """Copies these chunks to `out` as the next pass goes by; None where `gather` gives them without a copy."""
 
-    def abort(self) -> None:
-        """Does nothing: a prompt that could not be read leaves the whole cache to be reset."""
+    def truncate(self, length: int) -> None:
+        """Rolls back to the first `length` tokens."""
 
-    def finish(self) -> None:
-        """Ends the layer, all pieces of whose prompt were read: `space` may be used again."""
+    def read(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [H, end - start, D] of these tokens, on the device."""
 
+    def gather(self, chunk_ids: torch.Tensor, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [H, m * chunk_size, D] of the chunks `chunk_ids` [H, m], on the device."""
 
-class BlockLayerPrefill(LayerPrefill):
-    """A LayerPrefill of a layer in blocks: `writer` stores each block behind the computation."""
-
-    def __init__(self, space: DeviceLayer, window: int | None, layer: BlockLayer, writer: BlockWriter):
-        super().__init__(space, window)
-        self._layer, self._writer = layer, writer
-
-    def end(self) -> None:
-        super().end()
-        self._layer.store_prompt(self._space.kv, self.length, self._writer)
-
-    def finish(self) -> None:
-        """Waits until the blocks are stored; the rest goes to the layer's tail."""
-        self._writer.drain()
-        self._layer.finish_prompt(self._space.kv, self.length)
+    def prefill(self, window: int | None, space: DeviceLayer | None, writer: BlockWriter | None) -> LayerPrefill:
+        """The cache that pieces of a prompt are read into; a layer in blocks needs a `space` and a `writer`."""
 
 
 class FullCache:
@@ -77,7 +71,7 @@ class FullCache:
 
     def __init__(
         self,
-        layers: Sequence[DeviceLayer | BlockLayer],
+        layers: Sequence[CacheLayer],
         windows: list[int | None],
         streamer: BlockStreamer | None = None,
         writer: BlockWriter | None = None,
@@ -97,16 +91,12 @@ class FullCache:
         self.reset()
         with ExitStack() as stack:
             space = None
-            if self._block_layers():
+            if self.layers_in_blocks:
                 assert self._make_space is not None, "layers in blocks, and no space to read a prompt into"
                 space = stack.enter_context(self._make_space(num_tokens))
 
             def prefill_layer(layer: int) -> LayerPrefill:
-                store, window = self._layers[layer], self._windows[layer]
-                if isinstance(store, DeviceLayer):
-                    return LayerPrefill(store, window)
-                assert space is not None and self._writer is not None, "a layer in blocks, and no writer"
-                return BlockLayerPrefill(space, window, store, self._writer)
+                return self._layers[layer].prefill(self._windows[layer], space, self._writer)
 
             try:
                 yield prefill_layer
@@ -120,27 +110,16 @@ class FullCache:
     def begin(self, num_new: int) -> None:
         self._num_new = num_new
         if self._streamer is not None:
-            self._streamer.begin(self._blocks())
+            sources = (layer.stream_sources(self._first_seen(number)) for number, layer in enumerate(self._layers))
+            self._streamer.begin(list(chain.from_iterable(sources)))
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         self._layers[layer].append(self.length, k, v)
 
     def segments(self, layer: int) -> Iterator[Segment]:
-        store, end = self._layers[layer], self.length + self._num_new
-        if isinstance(store, DeviceLayer):
-            yield store.segment(self._first_seen(layer), end, self._num_new)
-            return
-        assert self._streamer is not None, "a layer in blocks, and no streamer"
-        first = self._first_block(layer, store)
-        collection = self._collections.get(layer)
-        for index, block in enumerate(self._streamer.take(store.num_blocks - first), start=first):
-            if collection is not None:
-                collection.take_block(index, block)
-            yield Segment(block[0], block[1], start=index * block.shape[2])
-        if collection is not None:
-            store.collect_tail(collection)
-        yield store.segment(end, self._num_new)
-        store.settle(end)
+        end, collection = self.length + self._num_new, self._collections.get(layer)
+        first_seen = self._first_seen(layer)
+        return self._layers[layer].segments(first_seen, end, self._num_new, self._streamer, collection)
 
     def end(self) -> None:
         if self._streamer is not None:
@@ -156,7 +135,7 @@ class FullCache:
     def truncate(self, length: int) -> None:
         assert 0 <= length <= self.length, f"truncate to {length} of {self.length} tokens"
         self.length = length
-        for layer in self._block_layers().values():
+        for layer in self._layers:
             layer.truncate(length)
 
     def reset(self) -> None:
@@ -174,7 +153,9 @@ class FullCache:
 
     def collect(self, layer: int, chunk_ids: torch.Tensor, chunk_size: int, out: torch.Tensor) -> None:
         """Asks the next pass to copy these chunks of a layer in blocks, whose tokens are final; see Collection."""
-        self._collections[layer] = Collection(chunk_ids, chunk_size, self._block_layers()[layer].block_tokens, out)
+        collection = self._layers[layer].collection(chunk_ids, chunk_size, out)
+        assert collection is not None, f"layer {layer} is not in blocks"
+        self._collections[layer] = collection
 
     def drop_collections(self) -> None:
         """Forgets what `collect` asked for: the next pass copies no chunks."""
@@ -183,7 +164,7 @@ class FullCache:
     @property
     def has_collected(self) -> bool:
         """Whether a pass has copied chunks of all layers in blocks."""
-        collections = [self._collections.get(layer) for layer in self._block_layers()]
+        collections = [self._collections.get(layer) for layer in self.layers_in_blocks]
         return all(collection is not None and collection.is_complete for collection in collections)
 
     def collected(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,22 +186,8 @@ class FullCache:
     @property
     def layers_in_blocks(self) -> list[int]:
         """Numbers of the layers that are not on the device."""
-        return list(self._block_layers())
-
-    def _block_layers(self) -> dict[int, BlockLayer]:
-        """The layers in blocks, by their numbers."""
-        return {number: layer for number, layer in enumerate(self._layers) if isinstance(layer, BlockLayer)}
+        return [number for number, layer in enumerate(self._layers) if layer.is_in_blocks]
 
     def _first_seen(self, layer: int) -> int:
         """Position of the oldest key that the first new token sees."""
-        window = self._windows[layer]
-        return 0 if window is None else max(0, self.length - window + 1)
-
-    def _first_block(self, layer: int, store: BlockLayer) -> int:
-        """Number of the first block of layer `layer` that the first new token sees."""
-        return min(self._first_seen(layer) // store.block_tokens, store.num_blocks)
-
-    def _blocks(self) -> list[BlockSource]:
-        """The blocks that a pass will stream, of all layers in turn."""
-        layers = self._block_layers().items()
-        return [block for layer, store in layers for block in store.stream_sources(self._first_block(layer, store))]
+        return oldest_seen(self.length, self._windows[layer])

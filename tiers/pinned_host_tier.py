@@ -18,7 +18,7 @@ from contextlib import suppress
 
 import torch
 
-from tiers.base import PAGE_BYTES, BlockShape, BlockSource
+from tiers.base import PAGE_BYTES, BlockInMemory, BlockShape, BlockSource
 from tiers.checksum import CheckedBlock, checksum
 from tiers.errors import DamagedBlockError, OutOfTierMemoryError
 
@@ -120,7 +120,7 @@ class HostBlocks:
         self._memory[index].copy_(rows, non_blocking=True)
 
     def source(self, index: int) -> BlockSource:
-        return self._memory[index]
+        return BlockInMemory(self._memory[index])
 
     def read(self, index: int, begin: int, end: int) -> torch.Tensor:
         return self._memory[index][:, :, begin:end]

@@ -17,8 +17,14 @@ from tiers.retrieval_cache import LayerUpdate, RetrievalCache, RetrievalUpdate
 KEYS, VALUES = 0, 1
 
 
-class QuantisedRetrievalCache:
-    """A tiers.retrieval_cache.RetrievalCache of which the first `budget` tokens that a rebuild brings are quantised."""
+class QuantisedRetrievalCache(RetrievalCache):
+    """A RetrievalCache of which the first `budget` tokens that a rebuild brings are quantised.
+
+    Its slots hold what is exact: tokens that the budget has no room for, and newer ones.
+    """
+
+    can_record = False
+    """Chunks are dequantised as a layer is read, and are in no slot."""
 
     def __init__(
         self,
@@ -30,35 +36,22 @@ class QuantisedRetrievalCache:
         tier: Tier,
         num_summaries: int = 0,
     ):
+        super().__init__(shape, 0, tail_tokens, slack, tier, num_summaries)
         self._bits, self._budget = bits, budget
-        self._newer = RetrievalCache(shape, 0, tail_tokens, slack, tier, num_summaries)
         self._chunks = allocate_quantised(tier, shape, budget, bits)
         size = (shape.num_layers, shape.num_kv_heads, padded(budget))
-        self._positions = tier.allocate(*size, dtype=torch.int32).zero_()
+        self._chunk_positions = tier.allocate(*size, dtype=torch.int32).zero_()
         self._workspace = tier.allocate(2, *size[1:], shape.head_dim, dtype=shape.dtype).zero_()
-        self._num_chosen = 0
 
     def reset(self) -> None:
-        self._newer.reset()
+        super().reset()
         self._num_chosen = 0
-
-    @property
-    def length(self) -> int:
-        return self._newer.length
-
-    @property
-    def base(self) -> int:
-        return self._newer.base
-
-    @property
-    def is_full(self) -> bool:
-        return self._newer.is_full
 
     def load(self, update: RetrievalUpdate) -> None:
         if update.is_rebuild:
             layers = (self._load_chosen(layer, new) for layer, new in enumerate(update.layers))
             update = RetrievalUpdate(is_rebuild=True, start=update.start, length=update.length, layers=layers)
-        self._newer.load(update)
+        super().load(update)
 
     def _load_chosen(self, layer: int, new: LayerUpdate) -> LayerUpdate:
         """Quantises what the budget has room for; returns the rest."""
@@ -67,25 +60,19 @@ class QuantisedRetrievalCache:
         if count:
             quantise(new.k[:, :count], self._chunks.part(layer, KEYS), self._bits)
             quantise(new.v[:, :count], self._chunks.part(layer, VALUES), self._bits)
-            self._positions[layer, :, :count] = new.positions[:, :count]
+            self._chunk_positions[layer, :, :count] = new.positions[:, :count]
         return LayerUpdate(new.k[:, count:], new.v[:, count:], new.positions[:, count:], new.summary)
 
     @property
     def written(self) -> tuple[int, list[int]]:
-        num_slots, num_summaries = self._newer.written
+        num_slots, num_summaries = super().written
         return self._num_chosen + num_slots, num_summaries
 
     def adopt(self, *, is_rebuild: bool, length: int, num_slots: int, num_summaries: list[int]) -> None:
         if is_rebuild:
             self._num_chosen = min(self._budget, num_slots)
-        num_newer = num_slots - self._num_chosen
-        self._newer.adopt(is_rebuild=is_rebuild, length=length, num_slots=num_newer, num_summaries=num_summaries)
-
-    def begin(self, num_new: int) -> None:
-        self._newer.begin(num_new)
-
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        self._newer.append(layer, k, v)
+        num_exact = num_slots - self._num_chosen
+        super().adopt(is_rebuild=is_rebuild, length=length, num_slots=num_exact, num_summaries=num_summaries)
 
     def segments(self, layer: int) -> Iterator[Segment]:
         if end := self._num_chosen:
@@ -93,22 +80,13 @@ class QuantisedRetrievalCache:
             k, v = self._workspace[:, :, :stop]
             dequantise(self._chunks.part(layer, KEYS), k)
             dequantise(self._chunks.part(layer, VALUES), v)
-            yield Segment(k, v, positions=self._positions[layer, :, :stop], num_pad=stop - end)
-        yield from self._newer.segments(layer)
-
-    def end(self) -> None:
-        self._newer.end()
-
-    def abort(self) -> None:
-        self._newer.abort()
-
-    def truncate(self, length: int) -> None:
-        self._newer.truncate(length)
+            yield Segment(k, v, positions=self._chunk_positions[layer, :, :stop], num_pad=stop - end)
+        yield from super().segments(layer)
 
 
 def make_retrieval_cache(
     bits: int | None, shape: CacheShape, budget: int, tail_tokens: int, slack: int, tier: Tier, num_summaries: int = 0
-) -> RetrievalCache | QuantisedRetrievalCache:
+) -> RetrievalCache:
     """A RetrievalCache whose chosen chunks have values of so many `bits`; None: as the model has them."""
     if bits is None:
         return RetrievalCache(shape, budget, tail_tokens, slack, tier, num_summaries)

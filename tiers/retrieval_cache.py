@@ -45,11 +45,14 @@ class RetrievalUpdate:
 
 
 class RetrievalCache:
-    """A tiers.base.KVCache; `length` counts the tokens of the sequence, of which it holds a part.
+    """A tiers.fixed_slots.SlotCache; `length` counts the tokens of the sequence, of which it holds a part.
 
     It has room for `budget` tokens of chosen chunks, for `tail_tokens` after the last rebuild, `slack` of which
     tentative ones may need at once, and for `num_summaries` groups of other tokens, per layer and kv head.
     """
+
+    can_record = True
+    """See tiers.fixed_slots.SlotCache."""
 
     def __init__(
         self, shape: CacheShape, budget: int, tail_tokens: int, slack: int, tier: Tier, num_summaries: int = 0

@@ -17,10 +17,13 @@ from tiers.device_layer import DeviceLayer
 
 
 class StreamingLLMCache:
-    """A tiers.base.KVCache; `length` and all positions count slots of this cache.
+    """A tiers.fixed_slots.SlotCache; `length` and all positions count slots of this cache.
 
     `window_start` is the sequence position of the token in slot `sinks`; it depends on the sequence's length alone.
     """
+
+    can_record = True
+    """See tiers.fixed_slots.SlotCache."""
 
     def __init__(self, shape: CacheShape, sinks: int, window: int, slack: int, tier: Tier):
         self.sinks, self.window, self.slack = sinks, window, slack

@@ -23,7 +23,7 @@ from typing import Protocol
 
 import torch
 
-from tiers.base import BlockSource, StoredBlock, Tier
+from tiers.base import BlockSource, Tier
 from tiers.errors import DamagedBlockError
 from tiers.link import AS_FAST_AS_IT_IS, Link
 
@@ -38,6 +38,24 @@ class StreamStats:
     num_bytes: int = 0
     seconds: float = 0.0
     stall_seconds: float = 0.0
+
+    @property
+    def gb_per_s(self) -> float:
+        """Rate of the copies while any was under way; 0 where there was none."""
+        return self.num_bytes / self.seconds / 1e9 if self.seconds else 0.0
+
+    @property
+    def hidden_share(self) -> float | None:
+        """Share of the seconds with a copy under way in which attention did not wait for it; None without a copy."""
+        return max(0.0, 1 - self.stall_seconds / self.seconds) if self.seconds else None
+
+    def since(self, before: StreamStats) -> StreamStats:
+        """What was counted after the counts stood as they do in `before`."""
+        return StreamStats(
+            self.num_bytes - before.num_bytes,
+            self.seconds - before.seconds,
+            self.stall_seconds - before.stall_seconds,
+        )
 
 
 class BlockStreamer(Protocol):
@@ -71,7 +89,7 @@ def copy_threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix=COPY_THREAD, initializer=lambda: torch.set_num_threads(1))
 
 
-def _read(block: StoredBlock, buffer: torch.Tensor) -> DamagedBlockError | None:
+def _read(block: BlockSource, buffer: torch.Tensor) -> DamagedBlockError | None:
     """Fills `buffer` with the block; with zeros if it is damaged, and returns the error."""
     try:
         block.read_into(buffer)
@@ -118,10 +136,8 @@ class CpuBlockStreamer:
     def _copy(self, block: BlockSource, buffer: torch.Tensor) -> tuple[torch.Tensor, float, float]:
         """Copies `block`; returns the buffer, and when the copy began and ended, in seconds of time.perf_counter()."""
         began = time.perf_counter()
-        if isinstance(block, torch.Tensor):
-            buffer.copy_(block)
-        else:
-            self._damage = _read(block, buffer) or self._damage
+        if (damage := _read(block, buffer)) is not None:
+            self._damage = damage
         self._link.pace(began, block.nbytes)
         return buffer, began, time.perf_counter()
 
@@ -209,8 +225,8 @@ class CudaBlockStreamer:
         slot, block = index % len(self._buffers), self._blocks[index]
         if index >= len(self._buffers):
             self._copy_stream.wait_event(self._used[slot])
-        if isinstance(block, torch.Tensor):
-            self._copy(block, slot)
+        if block.memory is not None:
+            self._copy(block.memory, slot)
         else:
             self._reads[slot] = self._threads.submit(self._read_and_copy, block, slot)
         self._stats.num_bytes += block.nbytes
@@ -221,10 +237,11 @@ class CudaBlockStreamer:
             self._buffers[slot].copy_(block, non_blocking=True)
             self._copied[slot].record(self._copy_stream)
 
-    def _read_and_copy(self, block: StoredBlock, slot: int) -> None:
+    def _read_and_copy(self, block: BlockSource, slot: int) -> None:
         with torch.cuda.device(self._device):
             self._copied[slot].synchronize()  # the last copy out of the staging buffer; at first there was none
-            self._damage = _read(block, self._staging[slot]) or self._damage
+            if (damage := _read(block, self._staging[slot])) is not None:
+                self._damage = damage
             self._copy(self._staging[slot], slot)
 
     def take(self, count: int) -> Iterator[torch.Tensor]:

@@ -109,7 +109,7 @@ class DraftComparison:
         num_groups = 0
         if any(draft.summarises for draft in drafts):
             self._summary = ContextSummary(shape, capacity, config.summary_tokens, tier)
-            num_groups = capacity // config.summary_tokens
+            num_groups = self._summary.num_groups
         self._selections: dict[DraftCache, RetrievalSelection] = {}
         self._models: dict[DraftCache, RetrievalModel] = {}
         for draft in drafts:

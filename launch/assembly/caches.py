@@ -22,11 +22,11 @@ from tiers.block_writer import BlockWriter
 from tiers.device_layer import DeviceLayer
 from tiers.device_tier import DeviceTier
 from tiers.disk_tier import DiskTier
-from tiers.full_cache import FullCache
+from tiers.full_cache import CacheLayer, FullCache
 from tiers.link import Link
 from tiers.pinned_host_tier import PinnedHostTier
 from tiers.planning.sizes import RetrievalSizes, Sizes, StreamingSizes
-from tiers.quantised_retrieval_cache import QuantisedRetrievalCache, make_retrieval_cache
+from tiers.quantised_retrieval_cache import make_retrieval_cache
 from tiers.retrieval.context_summary import ContextSummary
 from tiers.retrieval.rule import Pool, rule_class
 from tiers.retrieval.selection import RetrievalSelection
@@ -50,7 +50,7 @@ def streaming_cache(sizes: StreamingSizes, shape: CacheShape, tier: Tier) -> Str
     return StreamingLLMCache(shape, sizes.sinks, sizes.window, sizes.slack, tier)
 
 
-def retrieval_cache(sizes: Sizes, shape: CacheShape, tier: Tier) -> RetrievalCache | QuantisedRetrievalCache:
+def retrieval_cache(sizes: Sizes, shape: CacheShape, tier: Tier) -> RetrievalCache:
     """The retrieval cache, in `tier`."""
     retrieval = known(sizes.retrieval)
     of_tokens = (retrieval.budget, retrieval.tail_tokens, sizes.slack_tokens)
@@ -66,7 +66,7 @@ def full_cache(
     stores: list[BlockStore] = []
     stores += [tiers.disk.blocks(block, sizes.num_blocks) for _ in range(sizes.num_disk_layers)]
     stores += [tiers.host.blocks(block, sizes.num_blocks) for _ in range(sizes.num_host_layers)]
-    layers: list[DeviceLayer | BlockLayer] = [
+    layers: list[CacheLayer] = [
         BlockLayer(shape, store, sizes.slack_tokens, tiers.device, tiers.link) for store in stores
     ]
     layers += [DeviceLayer(shape, sizes.capacity, tiers.device) for _ in range(sizes.num_device_layers)]

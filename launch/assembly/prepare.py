@@ -11,7 +11,7 @@ import torch
 
 from conf.schema import LOOKUP_DRAFTER, ConfigError, CudaGraphs, Dtype, RunConfig
 from launch.assembly.sizing import check_drafter_window
-from tiers.planning.memory import num_idle_cores
+from tiers.planning.memory import cpu_computes_bf16, num_idle_cores
 from workers.models.facts import ModelFacts, describe
 from workers.models.model_rules import ModelRules, make_rules
 from workers.models.shared_vocabulary import SharedVocabulary, shared_vocabulary
@@ -133,7 +133,7 @@ def _set_threads(threads: str) -> int:
 def _choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     if dtype is not Dtype.auto:
         return DTYPES[dtype]
-    computes_bf16 = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    computes_bf16 = device.type == "cuda" or cpu_computes_bf16()
     return torch.bfloat16 if computes_bf16 else torch.float32
 
 

@@ -15,17 +15,16 @@ from launch.assembly.caches import Tiers
 from tiers.base import Tier
 from tiers.device_tier import DeviceTier
 from tiers.disk_tier import DiskTier, best_num_readers
+from tiers.fixed_slots import SlotCache
 from tiers.full_cache import FullCache
 from tiers.link import Link
 from tiers.pinned_host_tier import PinnedHostTier, can_pin
 from tiers.planning.numa import bind_to_node_of
 from tiers.planning.plan import MemoryPlan
 from tiers.planning.sizes import TierName
-from tiers.quantised_retrieval_cache import QuantisedRetrievalCache
 from tiers.retrieval.rule import Pool, not_pooled
 from tiers.retrieval.selection import RetrievalSelection
-from tiers.retrieval_cache import RetrievalUpdate
-from tiers.streaming_llm_cache import StreamingLLMCache
+from tiers.retrieval_cache import RetrievalCache, RetrievalUpdate
 from workers.acceptance import NO_WARPERS, KeyedRandom, make_coupling
 from workers.drafter import Drafter
 from workers.level import LevelCoupling
@@ -35,7 +34,7 @@ from workers.models.cuda_graphs import CudaRecorder, RecordedModel, Recorder, ru
 from workers.models.facts import ModelFacts
 from workers.models.loading import load_model
 from workers.models.model_rules import ModelRules
-from workers.models.retrieval_model import RetrievalKVCache, RetrievalModel
+from workers.models.retrieval_model import RetrievalModel
 from workers.models.shared_ids_model import on_shared_ids
 from workers.models.shared_vocabulary import shared_vocabulary
 from workers.models.shared_weights import load_shared_model
@@ -49,8 +48,6 @@ from workers.target_verifier import TargetVerifier
 
 UpdateT = TypeVar("UpdateT")
 LEVEL_DRAFTER, LEVEL_RETRIEVAL, LEVEL_TARGET = 1, 2, 3
-DraftCache = StreamingLLMCache | RetrievalKVCache
-"""Cache of a draft level."""
 
 
 class RoleBuilder:
@@ -123,13 +120,12 @@ class RoleBuilder:
         """
         assert self.full_cache is not None, "there is no verifier here"
         stats = self.full_cache.stream_stats
-        rate = stats.num_bytes / stats.seconds / 1e9 if stats.seconds else 0.0
         return {
             "bytes": stats.num_bytes,
             "seconds": stats.seconds,
-            "gb_per_s": rate,
+            "gb_per_s": stats.gb_per_s,
             "stall_s": stats.stall_seconds,
-            "overlap": hidden_share(stats.seconds, stats.stall_seconds),
+            "overlap": stats.hidden_share,
             "emulated_link_gb_per_s": self.tiers.link.gb_per_s,
             "damaged_blocks": self.tiers.disk.num_damaged + self.tiers.host.num_damaged,
         }
@@ -172,7 +168,7 @@ class RoleBuilder:
 
     def retriever_with(
         self,
-        make_model: Callable[[DraftingModel, RetrievalKVCache], RetrievalCachedModel[UpdateT]],
+        make_model: Callable[[DraftingModel, RetrievalCache], RetrievalCachedModel[UpdateT]],
         target: CausalModel,
         tier: Tier | None = None,
     ) -> RetrievalDrafter[UpdateT]:
@@ -202,7 +198,7 @@ class RoleBuilder:
         rules = self._level_rules()
         return Drafter(model, coupling, vocab_size, names_runners_up=names_runners_up, rules=rules)
 
-    def _recorded(self, facts: ModelFacts, model: CausalModel, cache: DraftCache) -> CausalModel | RecordedModel:
+    def _recorded(self, facts: ModelFacts, model: CausalModel, cache: SlotCache) -> CausalModel | RecordedModel:
         """`model`, or what replays its passes over `cache`, where that is asked for and can be."""
         if self.config.decoding.cuda_graphs is not CudaGraphs.on:
             return model
@@ -211,10 +207,10 @@ class RoleBuilder:
             "a rotary embedding that depends on length": model.depends_on_length,
             "weights on several devices": facts.shard != WHOLE,
             "roles in threads of their own": self._random is None,
-            "quantised chunks": isinstance(cache, QuantisedRetrievalCache),
+            "quantised chunks": not cache.can_record,
         }
         reason = next((reason for reason, holds in reasons.items() if holds), None)
-        if reason is not None or isinstance(cache, QuantisedRetrievalCache):
+        if reason is not None:
             self.notes.append(f"{facts.key}: no CUDA graphs, because of {reason}")
             return model
         # A step reads what is drafted, and the tokens before that the level above brought.
@@ -244,7 +240,7 @@ class RoleBuilder:
 
     # ---- Caches. ----
 
-    def retrieval_cache(self, tier: Tier) -> RetrievalKVCache:
+    def retrieval_cache(self, tier: Tier) -> RetrievalCache:
         """The retrieval cache, in `tier`."""
         return caches.retrieval_cache(self.sizes, self.target_facts.cache_shape, tier)
 
@@ -272,11 +268,6 @@ class RoleBuilder:
 def disk_folder(config: RunConfig) -> Path:
     """Where the disk tier has its files."""
     return Path(config.tiers.disk.folder or config.output)
-
-
-def hidden_share(seconds: float, stall_seconds: float) -> float | None:
-    """Share of the seconds in which copies were under way, in which attention did not wait for them."""
-    return max(0.0, 1 - stall_seconds / seconds) if seconds else None
 
 
 def pci_address(device: torch.device) -> str:

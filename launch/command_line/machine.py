@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tiers.planning.memory import host_free_bytes
+from tiers.planning.memory import cpu_computes_bf16, host_free_bytes
 
 CPU_INFO = Path("/proc/cpuinfo")
 NVIDIA_SMI_SECONDS = 10.0
@@ -23,7 +23,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     return {
         "system": platform.platform(),
         "cpu": cpu_model(),
-        "cpu_bf16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        "cpu_bf16": cpu_computes_bf16(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load_average": list(os.getloadavg()),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),

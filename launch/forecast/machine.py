@@ -15,7 +15,7 @@ from launch.forecast.config import HardwareConfig
 from tiers.base import BlockShape, page_aligned
 from tiers.disk_tier import DiskTier
 from tiers.planning.cost import Speeds
-from tiers.planning.memory import disk_free_bytes, host_free_bytes
+from tiers.planning.memory import cpu_computes_bf16, disk_free_bytes, host_free_bytes
 
 MEASURED_SECONDS = 0.3
 COPY_BYTES = 256 << 20
@@ -78,8 +78,8 @@ def _copy_gb_per_s() -> float:
 
 
 def _matmul_tflops() -> float:
-    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    left, right = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE, dtype=torch.bfloat16 if bf16 else torch.float32)
+    dtype = torch.bfloat16 if cpu_computes_bf16() else torch.float32
+    left, right = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE, dtype=dtype)
     return 2 * MATRIX_SIZE**3 / _repeated(lambda: left @ right) / 1e12
 
 

@@ -11,7 +11,7 @@ import torch
 from launch.command_line.timing import seconds_of
 from launch.measure.gpu_results import Cells
 from launch.measure.gpu_setting import SAMPLE_SECONDS, Setting
-from tiers.base import BlockShape, Segment
+from tiers.base import BlockInMemory, BlockShape, Segment
 from tiers.device_tier import DeviceTier
 from tiers.pinned_host_tier import PinnedHostTier, can_pin
 from tiers.transfer import make_streamer
@@ -73,7 +73,7 @@ class Copies:
 
             def streamed(num_rows: int, mass: ChunkMass | None = None) -> None:
                 q = torch.ones(NUM_HEADS, 1, max(1, num_rows), HEAD_DIM, device=self._device, dtype=shape.dtype)
-                streamer.begin(blocks)
+                streamer.begin([BlockInMemory(block) for block in blocks])
                 taken = enumerate(streamer.take(count))
                 segments = (Segment(block[0], block[1], start=index * tokens) for index, block in taken)
                 if num_rows:

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -25,7 +26,6 @@ import torch
 from hydra.core.config_store import ConfigStore
 
 from conf.schema import ConfigError, expand_home, require
-from launch.assembly.role_builder import hidden_share
 from launch.command_line.outcome import ExitCode
 from launch.command_line.overrides import compose_program
 from launch.command_line.program import program
@@ -187,10 +187,9 @@ def measure(config: MeasureStreamConfig, tier: StoredIn, block_mib: int, num_buf
         for _ in range(config.repetitions + 1):
             plain.append(num_bytes / seconds_of(read, device) / 1e9)
             streamed.append(num_bytes / seconds_of(stream, device) / 1e9)
-            before = (streamer.stats.seconds, streamer.stats.stall_seconds)
+            before = copy(streamer.stats)  # which counts on
             seconds_of(stream_attended, device)
-            after = (streamer.stats.seconds, streamer.stats.stall_seconds)
-            hidden.append(hidden_share(after[0] - before[0], after[1] - before[1]))
+            hidden.append(streamer.stats.since(before).hidden_share)
         streamer.close()
     del plain[0], streamed[0], hidden[0]  # the first one warms up
     ratios = [mine / other for mine, other in zip(streamed, plain, strict=True)]

@@ -11,7 +11,7 @@ import msgspec
 
 from conf.schema import RunConfig, to_plain
 from launch.assembly.engine import make_hierarchy, make_pace
-from launch.assembly.role_builder import disk_folder, hidden_share
+from launch.assembly.role_builder import disk_folder
 from launch.assembly.sizing import FreeBytes, with_known_budget
 from launch.assembly.task import Task
 from launch.processes.assignment import WEIGHTS, Assignment, make_assignments
@@ -24,6 +24,7 @@ from orchestrator.hierarchy import Hierarchy
 from orchestrator.placement import RETRIEVER_ROLE, devices_for, sharing_notes
 from orchestrator.remote_roles import RemoteDrafter, RemoteRetriever, RemoteVerifier
 from tiers.planning.plan import MemoryPlan
+from tiers.transfer import StreamStats
 from workers.messages import Attach, Built, Plain, Result, Survey
 from workers.parallel.shard import Shard
 from workers.process.peers import PROCESS, peer_name
@@ -85,11 +86,12 @@ class RemoteEngine:
             return {}
         total = {name: sum(part[name] for part in parts) for name in ("bytes", "damaged_blocks")}
         slowest = {name: max(part[name] for part in parts) for name in ("seconds", "stall_s")}
+        stats = StreamStats(total["bytes"], slowest["seconds"], slowest["stall_s"])
         return {
             **total,
             **slowest,
-            "gb_per_s": total["bytes"] / slowest["seconds"] / 1e9 if slowest["seconds"] else 0.0,
-            "overlap": hidden_share(slowest["seconds"], slowest["stall_s"]),
+            "gb_per_s": stats.gb_per_s,
+            "overlap": stats.hidden_share,
             "emulated_link_gb_per_s": parts[0]["emulated_link_gb_per_s"],
         }
 

@@ -32,7 +32,7 @@ from conf.schema import (
 from tests.support.all_caches import read_prompt, space_on
 from tests.support.tiny_models import random_prompt, save_checkpoint, tiny_config
 from tiers import pinned_host_tier
-from tiers.base import BlockShape, CacheShape, Segment
+from tiers.base import BlockInMemory, BlockShape, CacheShape, Segment
 from tiers.block_layer import BlockLayer
 from tiers.block_writer import BlockWriter
 from tiers.device_layer import DeviceLayer
@@ -57,9 +57,9 @@ BLOCK_BYTES = 2 * 4 * 64 * 64 * 4
 SLEEP_CYCLES = 20_000_000  # about 10 ms
 
 
-def pinned_blocks(count: int, first: int = 1) -> list[torch.Tensor]:
+def pinned_blocks(count: int, first: int = 1) -> list[BlockInMemory]:
     """Different ones: filled with first, first + 1, ..."""
-    return [torch.full(BLOCK_SIZE, float(value)).pin_memory() for value in range(first, first + count)]
+    return [BlockInMemory(torch.full(BLOCK_SIZE, float(value)).pin_memory()) for value in range(first, first + count)]
 
 
 class PoisonedDeviceTier(DeviceTier):
@@ -143,7 +143,7 @@ def test_a_pass_waits_for_writes_to_its_blocks_that_are_under_way():
         blocks = pinned_blocks(3)
         torch.cuda._sleep(5 * SLEEP_CYCLES)
         for number, block in enumerate(blocks):
-            block.copy_(torch.full(BLOCK_SIZE, 50.0 + number, device=CUDA), non_blocking=True)
+            block.memory.copy_(torch.full(BLOCK_SIZE, 50.0 + number, device=CUDA), non_blocking=True)
         streamer.begin(blocks)
         assert values_taken(streamer, 3) == numbers(3, 50)
 
@@ -286,7 +286,7 @@ class ResidentBlocks:
 
     def take(self, count):
         for _ in range(count):
-            yield next(self._blocks).to(CUDA)
+            yield next(self._blocks).memory.to(CUDA)
 
     def close(self):
         pass

@@ -23,7 +23,7 @@ from tiers.disk_tier import DiskTier
 from tiers.full_cache import FullCache
 from tiers.pinned_host_tier import PinnedHostTier
 from tiers.quantisation import allocate_quantised, dequantise, quantise
-from tiers.quantised_retrieval_cache import QuantisedRetrievalCache, make_retrieval_cache
+from tiers.quantised_retrieval_cache import make_retrieval_cache
 from tiers.retrieval_cache import LayerUpdate, RetrievalCache, RetrievalUpdate
 from tiers.streaming_llm_cache import StreamingLLMCache
 from tiers.transfer import make_streamer
@@ -120,7 +120,7 @@ def streaming_llm_cache() -> StreamingLLMCache:
     return StreamingLLMCache(SHAPE, sinks=4, window=80, slack=18, tier=PoisonedDeviceTier())
 
 
-def retrieval_cache(num_retrieved: int, bits: int | None = None) -> RetrievalCache | QuantisedRetrievalCache:
+def retrieval_cache(num_retrieved: int, bits: int | None = None) -> RetrievalCache:
     """Its first chunks are loaded by `prepare`, as the verifier would."""
     sizes = {"budget": num_retrieved, "tail_tokens": 102, "slack": 6}
     return make_retrieval_cache(bits, SHAPE, **sizes, tier=PoisonedDeviceTier())

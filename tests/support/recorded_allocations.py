@@ -21,7 +21,6 @@ from tiers.disk_tier import DiskTier
 from tiers.pinned_host_tier import PinnedHostTier
 from tiers.planning.parts import Part
 from tiers.planning.sizes import TierName
-from tiers.quantised_retrieval_cache import QuantisedRetrievalCache
 from tiers.retrieval.context_summary import ContextSummary
 from tiers.retrieval.rule import RetrievalRule
 from tiers.retrieval_cache import RetrievalCache
@@ -32,7 +31,6 @@ from workers.models.target_model import TargetModel
 OWNERS: dict[type | CodeType, Part] = {
     StreamingLLMCache: Part.streaming_cache,
     RetrievalCache: Part.retrieval_cache,
-    QuantisedRetrievalCache: Part.retrieval_cache,
     RetrievalRule: Part.chunk_scores,
     ContextSummary: Part.group_means,
     caches.selection.__code__: Part.chunks_ahead,

@@ -51,6 +51,7 @@ CACHES_MAY_IMPORT = (
     "tiers.link",
     "tiers.transfer",
     "tiers.block_writer",
+    "tiers.collection",
     "tiers.device_layer",
     "tiers.block_layer",
     "tiers.full_cache",
@@ -125,7 +126,7 @@ def test_roles_meet_in_the_hierarchy_alone(role):
     "path",
     sorted([*(ROOT / "tiers").glob("*_cache.py"), *(ROOT / "tiers").glob("*_layer.py")])
     + [path for path in sorted((ROOT / "tiers/retrieval").glob("[a-z]*.py"))]
-    + [ROOT / "tiers/transfer.py", ROOT / "tiers/block_writer.py"],
+    + [ROOT / "tiers" / name for name in ("transfer.py", "block_writer.py", "collection.py")],
     ids=name_of,
 )
 def test_caches_are_told_where_their_memory_is(path):

@@ -1,4 +1,4 @@
-"""How much there is: free memory on the device, and on the host within the limits of the cgroup; free disk; cores."""
+"""What there is: free memory on the device, and on the host within the limits of the cgroup; free disk; idle cores."""
 
 from __future__ import annotations
 
@@ -112,3 +112,8 @@ def _cpu_quota() -> float:
             if quota.isdigit():  # neither "max" nor -1, which are no limit
                 least = min(least, int(quota) / int(period))
     return least
+
+
+def cpu_computes_bf16() -> bool:
+    """Whether this processor multiplies matrices in bf16, as oneDNN finds."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

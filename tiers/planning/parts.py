@@ -8,6 +8,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from tiers.base import PAGE_BYTES, CacheShape, padded, padded_to_pages
+from tiers.block_layer import tail_slots
 from tiers.planning.sizes import PlanInput, RetrievalSizes, Sizes, TierName
 from tiers.quantisation import quantised_bytes
 from tiers.retrieval.rule import rule_class
@@ -61,9 +62,8 @@ def device_parts(inputs: PlanInput, sizes: Sizes) -> dict[Part, int]:
         Part.activations: inputs.activation_bytes,
     }
     if sizes.num_layers_in_blocks:
-        # Behind the complete blocks: tokens of one more, tentative ones, and as many that a roll back may still reach.
-        tail_tokens = padded(sizes.block_tokens + 2 * sizes.slack_tokens)
-        parts[Part.tails] = sizes.num_layers_in_blocks * tail_tokens * shape.bytes_per_token_and_layer
+        num_slots = tail_slots(sizes.block_tokens, sizes.slack_tokens)
+        parts[Part.tails] = sizes.num_layers_in_blocks * num_slots * shape.bytes_per_token_and_layer
         parts[Part.stream_buffers] = sizes.stream_buffers * sizes.block_shape(shape).num_bytes
     if sizes.retrieval is not None:
         parts |= _retrieval_parts(shape, sizes, sizes.retrieval)

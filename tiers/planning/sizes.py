@@ -10,6 +10,7 @@ from enum import StrEnum
 
 from conf.schema import RetrievalRuleName
 from tiers.base import BlockShape, CacheShape
+from tiers.retrieval.context_summary import groups_within
 
 
 class TierName(StrEnum):
@@ -114,9 +115,7 @@ class Sizes:
     @property
     def num_groups(self) -> int:
         """Groups of tokens that the retrieval cache sees as a summary; 0 without it."""
-        if self.retrieval is None or not self.retrieval.summary_tokens:
-            return 0
-        return self.capacity // self.retrieval.summary_tokens
+        return 0 if self.retrieval is None else groups_within(self.capacity, self.retrieval.summary_tokens)
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

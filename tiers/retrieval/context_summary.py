@@ -12,10 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from tiers.base import CacheShape, Tier
-from tiers.full_cache import FullCache
-
-READ_TOKENS = 1024
-"""Tokens read from the cache at once: few, so that what is needed on the device stays small."""
+from tiers.full_cache import READ_TOKENS, FullCache
 
 
 @dataclass(slots=True)
@@ -27,13 +24,22 @@ class Summary:
     log_count: torch.Tensor
 
 
+def groups_within(capacity: int, group_tokens: int) -> int:
+    """Number of complete groups of a sequence of `capacity` tokens; 0 where groups have none: there is no summary."""
+    return capacity // group_tokens if group_tokens else 0
+
+
 class ContextSummary:
-    """Means of keys and values over groups of `group_tokens` consecutive tokens, of each layer of a full cache."""
+    """Means of keys and values over groups of `group_tokens` consecutive tokens, of each layer of a full cache.
+
+    There are `num_groups` of them at most, in each layer.
+    """
 
     def __init__(self, shape: CacheShape, capacity: int, group_tokens: int, tier: Tier):
         self.group_tokens = group_tokens
-        heads, dim, num_groups = shape.num_kv_heads, shape.head_dim, capacity // group_tokens
-        self._means = tier.allocate(shape.num_layers, 2, heads, num_groups, dim, dtype=shape.dtype)
+        self.num_groups = groups_within(capacity, group_tokens)
+        heads, dim = shape.num_kv_heads, shape.head_dim
+        self._means = tier.allocate(shape.num_layers, 2, heads, self.num_groups, dim, dtype=shape.dtype)
         self._begun = tier.allocate(shape.num_layers, 2, heads, dim, dtype=torch.float32)  # sums of the last group
         self._num_layers = shape.num_layers
         self.reset()

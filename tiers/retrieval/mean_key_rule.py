@@ -9,11 +9,8 @@ from __future__ import annotations
 import torch
 
 from tiers.base import CacheShape, Tier
-from tiers.full_cache import FullCache
+from tiers.full_cache import READ_TOKENS, FullCache
 from tiers.retrieval.rule import Pool, RetrievalRule, not_pooled
-
-READ_TOKENS = 1024
-"""Tokens read from the cache at once: few, so that what is needed on the device stays small."""
 
 
 class MeanKeyRule(RetrievalRule):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tiers.base import tokens_of_chunks
+from tiers.base import oldest_seen, tokens_of_chunks
 from tiers.full_cache import FullCache
 from tiers.retrieval.context_summary import ContextSummary, Summary
 from tiers.retrieval.rule import RetrievalRule
@@ -106,11 +106,11 @@ class RetrievalSelection:
 
     def _choose(self, layer: int, q: torch.Tensor, choice: _Choice) -> torch.Tensor:
         """Ids [H, m] of the chunks chosen for `q` among the tokens of `choice`, within its budget."""
-        size, window, num_tokens = self.rule.chunk_size, self._windows[layer], choice.num_tokens
+        size, num_tokens = self.rule.chunk_size, choice.num_tokens
         num_chunks = min(choice.budget, num_tokens) // size
         # The first chunk has its place, whatever the share.
         num_newest = min(num_chunks, max(1, min(num_chunks - 1, round(num_chunks * self._newest_share))))
-        oldest = 0 if window is None else max(0, num_tokens - window + 1)
+        oldest = oldest_seen(num_tokens, self._windows[layer])
         return self.rule.select(layer, q, num_tokens // size, num_chunks, num_newest, oldest)
 
     def _summary_of_rest(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> Summary | None:

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from tiers.base import Segment
+from tiers.base import PassCache
 from workers.attention.attend import attend
 from workers.attention.chunk_mass import ChunkMass
 from workers.parallel.shard import Heads
@@ -31,16 +31,6 @@ class Progress:
     """Grows while a model computes: a process that stands still is known by it."""
 
     num_layers: int = 0
-
-
-class PassCache(Protocol):
-    """The calls that a pass makes of its cache; see tiers.base.KVCache."""
-
-    def begin(self, num_new: int) -> None: ...
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None: ...
-    def segments(self, layer: int) -> Iterator[Segment]: ...
-    def end(self) -> None: ...
-    def abort(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,17 +8,12 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
+from tiers.base import KVCache, PassCache
+from tiers.fixed_slots import SlotCache
 from workers.attention import few_rows
-from workers.attention.forward_pass import ATTENTION_NAME, NOBODY, ForwardPass, Observers, PassCache, Progress, active
+from workers.attention.forward_pass import ATTENTION_NAME, NOBODY, ForwardPass, Observers, Progress, active
 from workers.models.layer_major import LayerMajor
 from workers.models.rotary import make_length_independent
-
-
-class ModelCache(PassCache, Protocol):
-    """A cache that knows how many tokens it holds, which give the next ones their positions."""
-
-    @property
-    def length(self) -> int: ...
 
 
 class DraftingModel(Protocol):
@@ -27,7 +22,7 @@ class DraftingModel(Protocol):
     vocab_size: int
 
     def start_sequence(self, num_prompt_tokens: int) -> None: ...
-    def forward(self, tokens: list[int], cache: Any, num_logits: int) -> torch.Tensor: ...
+    def forward(self, tokens: list[int], cache: SlotCache, num_logits: int) -> torch.Tensor: ...
 
 
 class CausalModel:
@@ -61,7 +56,7 @@ class CausalModel:
 
     @torch.inference_mode()
     def forward(
-        self, tokens: list[int], cache: ModelCache, num_logits: int, observers: Observers = NOBODY
+        self, tokens: list[int], cache: KVCache, num_logits: int, observers: Observers = NOBODY
     ) -> torch.Tensor:
         """Reads `tokens` after those in `cache`; logits [num_logits, V] after the last ones."""
         first = cache.length

@@ -25,7 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tiers.fixed_slots import FixedSlots, SlotCache
-from workers.attention.forward_pass import PassCache
+from tiers.transfer import cuda_stream
 from workers.models.causal_model import CausalModel
 
 logger = logging.getLogger(__name__)
@@ -52,24 +52,20 @@ class NotRecordableError(RuntimeError):
     """The pass has an operation that depends on data in a way that no graph can repeat."""
 
 
-class RecordableCache(SlotCache, PassCache, Protocol):
-    """A cache that passes can be computed over as ever, and recorded."""
-
-
 class RecordedModel:
     """`model` on `cache` alone: passes over up to `max_rows` tokens are recorded, longer ones computed as ever.
 
     `is_on` may be set: without it, all passes are computed as ever.
     """
 
-    def __init__(self, model: CausalModel, cache: RecordableCache, max_rows: int, record: Recorder):
+    def __init__(self, model: CausalModel, cache: SlotCache, max_rows: int, record: Recorder):
         self._model, self._cache, self._max_rows, self._record = model, cache, max_rows, record
         self.vocab_size, self.start_sequence = model.vocab_size, model.start_sequence
         self._steps: dict[int, _Step] = {}
         self.is_on = True
 
     @torch.inference_mode()
-    def forward(self, tokens: list[int], cache: RecordableCache, num_logits: int) -> torch.Tensor:
+    def forward(self, tokens: list[int], cache: SlotCache, num_logits: int) -> torch.Tensor:
         """Reads `tokens` after those in `cache`; logits [num_logits, V] after the last ones."""
         assert cache is self._cache, "another cache than the one that was recorded"
         if not self.is_on or len(tokens) > self._max_rows:
@@ -120,7 +116,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch gives it no types
+        self._stream = cuda_stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Run) -> Run:

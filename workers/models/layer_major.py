@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tiers.full_cache import LayerPrefill
+from tiers.device_layer import LayerPrefill
 from workers.attention.forward_pass import ForwardPass, KeysKnown, Observers, Progress, active
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

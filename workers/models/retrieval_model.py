@@ -6,19 +6,15 @@ from typing import Protocol
 
 import torch
 
-from tiers.quantised_retrieval_cache import QuantisedRetrievalCache
 from tiers.retrieval_cache import RetrievalCache, RetrievalUpdate
 from workers.messages import UpdateNotice
 from workers.models.causal_model import DraftingModel
-
-RetrievalKVCache = RetrievalCache | QuantisedRetrievalCache
-"""Both kinds of retrieval cache: chunks stored as the model has them, and quantised."""
 
 
 class _OnRetrievalCache:
     """The common part of the models below: all of workers.retrieval_drafter.RetrievalCachedModel but `load`."""
 
-    def __init__(self, model: DraftingModel, cache: RetrievalKVCache):
+    def __init__(self, model: DraftingModel, cache: RetrievalCache):
         self._model, self._cache, self.vocab_size = model, cache, model.vocab_size
 
     @property
@@ -54,7 +50,7 @@ class Receiver(Protocol):
 class ReceivingRetrievalModel(_OnRetrievalCache):
     """The retrieval model in a worker process: it is told of updates by notices, and gets them by `receiver`."""
 
-    def __init__(self, model: DraftingModel, cache: RetrievalKVCache, *, receiver: Receiver):
+    def __init__(self, model: DraftingModel, cache: RetrievalCache, *, receiver: Receiver):
         super().__init__(model, cache)
         self._receiver = receiver
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from tiers.transfer import cuda_stream
 from workers.messages import Draft, Verdict
 from workers.process.openmp import release_pool
 
@@ -23,7 +24,7 @@ class OwnStream:
     def __init__(self, device: torch.device, num_threads: int | None = None):
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch gives it no types
+            self._stream = cuda_stream(device)
         self._num_threads = num_threads or torch.get_num_threads()
 
     def enter_thread(self) -> None:

@@ -20,9 +20,8 @@ from enum import StrEnum
 import torch
 
 from tiers.retrieval.context_summary import Summary
-from tiers.retrieval_cache import LayerUpdate, RetrievalUpdate
+from tiers.retrieval_cache import LayerUpdate, RetrievalCache, RetrievalUpdate
 from workers.messages import UpdateNotice
-from workers.models.retrieval_model import RetrievalKVCache
 
 
 class UpdatePath(StrEnum):
@@ -57,7 +56,7 @@ class IntoItsMemory:
     process does not wait for a stream of ours (see workers.process.background.OwnStream).
     """
 
-    def __init__(self, cache: RetrievalKVCache, *, writes: bool):
+    def __init__(self, cache: RetrievalCache, *, writes: bool):
         self._cache, self._writes = cache, writes
 
     def publish(self, update: RetrievalUpdate) -> UpdateNotice:

@@ -56,7 +56,7 @@ def test_pieces_are_whole_blocks_and_pages_and_cover_the_memory_once(runtime):
     progress = []
     tier = PinnedHostTier(pin=True, on_locked=progress.append)
     blocks = tier.blocks(BLOCK, 37)
-    starts, memory = sorted(runtime.pieces), blocks.source(0)
+    starts, memory = sorted(runtime.pieces), blocks.source(0).memory
     assert starts[0] == memory.data_ptr() and len(starts) > 3
     for start, following in itertools.pairwise(starts):
         assert start + runtime.pieces[start] == following
@@ -75,7 +75,7 @@ def test_memory_stays_locked_as_long_as_a_tensor_has_it_and_not_longer(runtime):
     blocks = PinnedHostTier(pin=True).blocks(BLOCK, 9)
     rows = torch.randn(BLOCK.size).to(BLOCK.dtype)
     blocks.write(3, rows)
-    block = blocks.source(3)
+    block = blocks.source(3).memory
     del blocks
     gc.collect()
     assert torch.equal(block, rows) and not runtime.unlocked

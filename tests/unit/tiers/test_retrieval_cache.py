@@ -46,7 +46,7 @@ def test_failed_pass_leaves_no_trace(case):
     check_abort(case)
 
 
-def new_cache(tail_tokens: int = 40, bits: int | None = None) -> RetrievalCache | QuantisedRetrievalCache:
+def new_cache(tail_tokens: int = 40, bits: int | None = None) -> RetrievalCache:
     return make_retrieval_cache(bits, SHAPE, BUDGET, tail_tokens, SLACK, PoisonedDeviceTier())
 
 

@@ -12,11 +12,11 @@ from contextlib import closing
 import pytest
 import torch
 
-from launch.assembly.role_builder import hidden_share
 from tests.support.all_caches import PoisonedDeviceTier
+from tiers.base import BlockInMemory
 from tiers.block_writer import BlockWriter
 from tiers.link import Link
-from tiers.transfer import COPY_THREAD, CpuBlockStreamer, make_streamer
+from tiers.transfer import COPY_THREAD, CpuBlockStreamer, StreamStats, make_streamer
 
 BLOCK_SIZE = (2, 2, 8, 4)
 BLOCK_BYTES = 2 * 2 * 8 * 4 * 4
@@ -51,9 +51,9 @@ class SlowTier(PoisonedDeviceTier):
         return tensor
 
 
-def blocks(count: int, first: int = 1) -> list[torch.Tensor]:
+def blocks(count: int, first: int = 1) -> list[BlockInMemory]:
     """Different ones: filled with first, first + 1, ..."""
-    return [torch.full(BLOCK_SIZE, float(value)) for value in range(first, first + count)]
+    return [BlockInMemory(torch.full(BLOCK_SIZE, float(value))) for value in range(first, first + count)]
 
 
 def slow_streamer(kind=CpuBlockStreamer, num_buffers: int = 2) -> tuple[CpuBlockStreamer, SlowTier]:
@@ -194,7 +194,7 @@ def test_cancel_stops_the_copies_of_the_pass():
 def test_error_of_a_copy_reaches_the_consumer_at_its_block_and_the_next_pass_works(num_good):
     streamer, _ = slow_streamer()
     with closing(streamer):
-        bad = torch.full(BLOCK_SIZE, BROKEN)
+        bad = BlockInMemory(torch.full(BLOCK_SIZE, BROKEN))
         streamer.begin([*blocks(num_good), bad, *blocks(2)])
         taken = streamer.take(num_good + 3)
         for number in numbers(num_good):
@@ -237,10 +237,15 @@ def test_a_consumer_slower_than_the_copies_hardly_stalls():
         values_taken(streamer, 6, seconds_per_block=10 * COPY_SECONDS)
         stats = streamer.stats
         assert stats.stall_seconds < 0.8 * stats.seconds
-        assert hidden_share(stats.seconds, stats.stall_seconds) == pytest.approx(
-            1 - stats.stall_seconds / stats.seconds
-        )
-    assert hidden_share(0.0, 0.0) is None
+        assert stats.hidden_share == pytest.approx(1 - stats.stall_seconds / stats.seconds)
+    assert StreamStats().hidden_share is None
+
+
+def test_counts_of_a_part_are_the_difference_of_those_of_the_whole():
+    part = StreamStats(5_000_000_000, 7.0, 3.0).since(StreamStats(1_000_000_000, 3.0, 2.0))
+    assert part == StreamStats(4_000_000_000, 4.0, 1.0)
+    assert (part.gb_per_s, part.hidden_share) == (1.0, 0.75)
+    assert StreamStats().gb_per_s == 0.0
 
 
 def alive_copy_threads() -> int:
