@@ -54,7 +54,7 @@ class Hierarchy:
     """Times that a stored block was found damaged, and all tokens were read again."""
     original_length: int | None = None
     """Tokens up to which the target reads a text in one way, and beyond which it reads all of it in another; None:
-    always in one. See workers.models.families."""
+    always in one. See workers.checkpoint.families."""
 
     def __post_init__(self) -> None:
         self._clock, self._must_rebuild = PhaseClock(), False

@@ -32,8 +32,8 @@ from tiers.retrieval.rule import MassObserver
 from tiers.retrieval.selection import RetrievalSelection
 from tiers.retrieval_cache import LayerUpdate
 from workers.acceptance import distribution
+from workers.checkpoint.facts import ModelFacts
 from workers.models.causal_model import CausalModel
-from workers.models.facts import ModelFacts
 from workers.models.retrieval_model import RetrievalModel
 from workers.models.target_model import TargetModel
 

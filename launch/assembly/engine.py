@@ -41,8 +41,8 @@ from tiers.planning.memory import (
 )
 from tiers.planning.plan import MemoryPlan, make_plan
 from tiers.planning.sizes import PlanInput
+from workers.checkpoint.facts import ModelFacts
 from workers.models.causal_model import CausalModel
-from workers.models.facts import ModelFacts
 from workers.models.target_model import TargetModel
 from workers.process.background import InBackground
 

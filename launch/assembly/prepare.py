@@ -12,9 +12,9 @@ import torch
 from conf.schema import LOOKUP_DRAFTER, ConfigError, CudaGraphs, Dtype, RunConfig
 from launch.assembly.sizing import check_drafter_window
 from tiers.planning.memory import cpu_computes_bf16, num_idle_cores
-from workers.models.facts import ModelFacts, describe
+from workers.checkpoint.facts import ModelFacts, describe
+from workers.checkpoint.shared_vocabulary import SharedVocabulary, shared_vocabulary
 from workers.models.model_rules import ModelRules, make_rules
-from workers.models.shared_vocabulary import SharedVocabulary, shared_vocabulary
 
 DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16, Dtype.float16: torch.float16}
 

@@ -26,17 +26,17 @@ from tiers.retrieval.rule import Pool, not_pooled
 from tiers.retrieval.selection import RetrievalSelection
 from tiers.retrieval_cache import RetrievalCache, RetrievalUpdate
 from workers.acceptance import NO_WARPERS, KeyedRandom, make_coupling
+from workers.checkpoint.facts import ModelFacts
+from workers.checkpoint.shared_vocabulary import shared_vocabulary
 from workers.drafter import Drafter
 from workers.level import LevelCoupling
 from workers.lookup_drafter import LookupDrafter
 from workers.models.causal_model import CausalModel, DraftingModel
 from workers.models.cuda_graphs import CudaRecorder, RecordedModel, Recorder, run_anew
-from workers.models.facts import ModelFacts
 from workers.models.loading import load_model
 from workers.models.model_rules import ModelRules
 from workers.models.retrieval_model import RetrievalModel
 from workers.models.shared_ids_model import on_shared_ids
-from workers.models.shared_vocabulary import shared_vocabulary
 from workers.models.shared_weights import load_shared_model
 from workers.models.streaming_model import StreamingModel
 from workers.models.target_model import TargetModel

@@ -14,7 +14,7 @@ from conf.schema import Dtype
 from launch.benchmark.config import PeerSettings
 from launch.benchmark.contender import Cell
 from launch.benchmark.gguf_export import export
-from workers.models.facts import ModelFacts
+from workers.checkpoint.facts import ModelFacts
 
 GGUF_FILE = "target.gguf"
 

@@ -32,9 +32,9 @@ from orchestrator.placement import DRAFTER_ROLE, RETRIEVER_ROLE, VERIFIER_ROLE
 from tiers.planning.memory import device_free_bytes, disk_free_bytes, host_free_bytes
 from tiers.planning.parts import RETRIEVAL_PARTS
 from tiers.shared_memory import AttachedPart, SharedArena
+from workers.checkpoint.facts import describe
 from workers.messages import UpdateNotice
 from workers.models.causal_model import CausalModel
-from workers.models.facts import describe
 from workers.models.retrieval_model import ReceivingRetrievalModel, SharedRetrievalModel
 from workers.models.shared_weights import SharedWeights
 from workers.parallel.collectives import ByThread, GroupAllReduce, SharedMemoryAllReduce, has_ordered_stores

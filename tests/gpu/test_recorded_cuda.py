@@ -14,8 +14,8 @@ from tests.support.recorded_steps import SHAPE, compare_drafters, compare_retrie
 from tests.support.tiny_models import random_prompt, save_checkpoint, tiny_config
 from tiers.device_tier import DeviceTier
 from tiers.streaming_llm_cache import StreamingLLMCache
+from workers.checkpoint.facts import describe
 from workers.models.cuda_graphs import CudaRecorder, NotRecordableError, RecordedModel
-from workers.models.facts import describe
 from workers.models.loading import load_model
 from workers.models.streaming_model import StreamingModel
 

@@ -24,8 +24,8 @@ from tests.support.toy_models import (
     total_variation,
 )
 from workers.acceptance import CHOOSE, MaximalCoupling, distribution
+from workers.checkpoint.shared_vocabulary import SharedVocabulary
 from workers.models.shared_ids_model import SharedIdsModel
-from workers.models.shared_vocabulary import SharedVocabulary
 
 EXACTLY, CLEARLY = 1e-12, 1e-3
 TOP_P = SamplingConfig(temperature=0.6, top_p=0.8)

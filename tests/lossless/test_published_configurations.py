@@ -23,7 +23,7 @@ from tests.support.tiny_models import (
     tiny_tokenizer,
 )
 from tests.support.tiny_runs import DEVICE, HOST, generate, tiny_run
-from workers.models.facts import describe
+from workers.checkpoint.facts import describe
 
 NUM_TOKENS, NUM_PROMPT_TOKENS = 16, 120
 TOKENIZER_SIZE = 90

@@ -19,7 +19,7 @@ from tests.support.tiny_models import FAMILIES, random_prompt
 from tiers.device_layer import DeviceLayer
 from tiers.device_tier import DeviceTier
 from tiers.full_cache import FullCache
-from workers.models.facts import describe
+from workers.checkpoint.facts import describe
 from workers.models.loading import load_model
 from workers.parallel.collectives import GroupAllReduce, SharedMemoryAllReduce, has_ordered_stores
 from workers.parallel.shard import Shard

@@ -18,6 +18,7 @@ THIRD_PARTY_FENCES = {
     "cupy": ("tiers/pinned_host_tier.py",),
     "rich": ("orchestrator/display.py", "launch/"),
     "transformers": (
+        "workers/checkpoint/",
         "workers/models/",
         "workers/attention/forward_pass.py",
         "launch/demo_pair/",
@@ -32,7 +33,7 @@ THIRD_PARTY_FENCES = {
     "llama_cpp": ("launch/benchmark/llama_cpp_peer.py",),
     "tokenizers": ("launch/demo_pair/corpus.py",),
     "safetensors": (
-        "workers/models/checkpoint_files.py",
+        "workers/checkpoint/files.py",
         "workers/models/finite_weights.py",
         "workers/models/sharded_weights.py",
         "launch/demo_pair/checkpoint.py",
@@ -108,7 +109,7 @@ def test_tiers_know_of_the_configuration_its_schema_alone(path):
 def test_orchestrator_takes_messages_from_workers_and_errors_from_tiers_and_nothing_else(path):
     for name in own(imports_of(path)):
         if name.startswith("workers"):
-            assert name.startswith(("workers.messages", "workers.process.channel")), name
+            assert name.startswith(("workers.messages", "workers.process.channel", "workers.process.peers")), name
         if name.startswith("tiers"):
             assert name.startswith("tiers.errors"), name
     loads = {name.split(".")[0] for name in imports_of(path, while_type_checking=False)}

@@ -41,6 +41,7 @@ WRITTEN = [
     {"prompt.text": "It costs ${5}"},
     {"prompt.text": "null"},
     {"generation.stop": ["END", "###", "a, b"]},
+    {"generation.stop_strings": ["\n\n", "<|im_end|>"]},
     {"prompt.path": "-", "prompt.max_tokens": 32000},
 ]
 

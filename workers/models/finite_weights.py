@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from conf.schema import ConfigError
-from workers.models.facts import ModelFacts
+from workers.checkpoint.facts import ModelFacts
 from workers.models.sharded_weights import weight_files
 
 CHECKED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

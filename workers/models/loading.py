@@ -21,8 +21,8 @@ from conf.schema import ConfigError
 from tiers.device_layer import DeviceLayer
 from tiers.device_tier import DeviceTier
 from tiers.full_cache import FullCache
+from workers.checkpoint.facts import ModelFacts
 from workers.models.causal_model import CausalModel
-from workers.models.facts import ModelFacts
 from workers.models.finite_weights import check_finite
 from workers.models.sharded_weights import fill, weight_files
 from workers.models.skeleton import make_skeleton

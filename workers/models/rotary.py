@@ -4,8 +4,8 @@ transformers recomputes such frequencies when a forward pass meets a longer sequ
 position is computed in passes of different lengths, so each position gets one fixed rotation here: the one that plain
 decoding uses, which reads the prompt in one pass and then one token a pass.
 
-Some families with longrope (workers.models.families) read all tokens again when the text passes the original length:
-from then on each position has another rotation, and who reads the tokens again begins the table anew.
+Some families with longrope (workers.checkpoint.families) read all tokens again when the text passes the original
+length: from then on each position has another rotation, and who reads the tokens again begins the table anew.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from conf.schema import ConfigError
-from workers.models.families import OWN_INPUTS, OwnInputs
+from workers.checkpoint.families import OWN_INPUTS, OwnInputs
 
 LENGTH_DEPENDENT_TYPES = ("dynamic", "longrope")
 POSITIONS_AHEAD = 64

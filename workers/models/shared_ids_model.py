@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from workers.checkpoint.shared_vocabulary import SharedVocabulary
 from workers.level import ReadingModel
-from workers.models.shared_vocabulary import SharedVocabulary
 
 
 class SharedIdsModel:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from tiers.shared_memory import SharedArena, arena_bytes, attached, cuda_handle, from_cuda_handle
+from workers.checkpoint.facts import ModelFacts
 from workers.models.causal_model import CausalModel
-from workers.models.facts import ModelFacts
 from workers.models.skeleton import make_skeleton
 from workers.parallel.tensor_parallel import set_parameter
 

@@ -12,7 +12,7 @@ from launch.analysis.compared_rules import HEAVY_HITTER, TOP_K, sums_of_chunks
 from launch.analysis.draft_comparison import ComparisonConfig, DraftCache, DraftComparison
 from tests.support.tiny_models import random_prompt
 from tiers.device_tier import DeviceTier
-from workers.models.facts import describe
+from workers.checkpoint.facts import describe
 from workers.models.loading import load_model
 
 CHUNK, BUDGET, EVERYTHING, ROUND = 4, 16, 512, 3

@@ -17,7 +17,7 @@ from launch.widen import main
 from tests.support.tiny_models import VOCAB_SIZE, random_prompt
 from tests.support.tiny_runs import HOST, engine_for, generate, tiny_run
 from tiers.base import CacheShape
-from workers.models.facts import describe
+from workers.checkpoint.facts import describe
 
 ROOT = Path(__file__).resolve().parents[4]
 # Sums over the wide model's zeros may be taken in another order: a few units of fp32's last place, for each layer.

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from workers.attention import few_rows
-from workers.models.facts import describe
+from workers.checkpoint.facts import describe
 from workers.models.loading import load_model
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}

@@ -18,8 +18,8 @@ from tests.support.tiny_models import random_prompt
 from tests.support.tiny_runs import DEVICE, HOST, engine_for, generate, run_to_end, task_for, tiny_run
 from tiers.device_tier import DeviceTier
 from tiers.streaming_llm_cache import StreamingLLMCache
+from workers.checkpoint.facts import describe
 from workers.models.cuda_graphs import CudaRecorder, NotRecordableError, RecordedModel, run_anew
-from workers.models.facts import describe
 from workers.models.loading import load_model
 from workers.models.streaming_model import StreamingModel
 

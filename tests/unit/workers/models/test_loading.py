@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 
 from conf.schema import ConfigError
 from tests.support.tiny_models import VOCAB_SIZE, save_checkpoint, tiny_config
-from tests.unit.workers.models.test_facts import CPU, change_json, facts_of, message_of
+from tests.unit.workers.checkpoint.test_facts import CPU, change_json, facts_of, message_of
 from workers.attention.forward_pass import ATTENTION_NAME, cached_attention
 from workers.models.layer_major import LayerMajor
 from workers.models.loading import SELF_CHECK_TOLERANCE, load_model

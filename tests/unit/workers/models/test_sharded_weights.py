@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from conf.schema import ConfigError
 from tests.support.tiny_models import FAMILIES, save_checkpoint, tiny_config
+from workers.checkpoint.facts import describe
 from workers.models import sharded_weights
-from workers.models.facts import describe
 from workers.models.loading import _first_layers, load_model
 from workers.models.sharded_weights import fill, weight_files
 from workers.models.skeleton import make_skeleton

@@ -13,8 +13,8 @@ import torch
 from tests.support.tiny_models import random_prompt
 from tiers.device_tier import DeviceTier
 from tiers.streaming_llm_cache import StreamingLLMCache
+from workers.checkpoint.facts import describe
 from workers.models.causal_model import CausalModel
-from workers.models.facts import describe
 from workers.models.loading import load_model
 from workers.models.shared_weights import SharedWeights, load_shared_model
 from workers.models.streaming_model import StreamingModel

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 
 from conf.schema import ConfigError
-from workers.models.facts import ModelFacts
+from workers.checkpoint.facts import ModelFacts
 
 LEAST_SHARE = 0.9
 """Of the target's ids those that a drafter must share: less is another family, whose drafts would seldom be right."""

@@ -11,8 +11,8 @@ from transformers import AutoConfig, GenerationConfig
 
 from conf.schema import ConfigError
 from tests.support.tiny_models import tiny_tokenizer
-from workers.models.facts import describe
-from workers.models.generation_file import end_ids
+from workers.checkpoint.facts import describe
+from workers.checkpoint.generation_file import end_ids
 
 
 @pytest.fixture

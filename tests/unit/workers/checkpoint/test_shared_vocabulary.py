@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from conf.schema import ConfigError
 from tests.support.tiny_models import VOCAB_SIZE, save_checkpoint, tiny_config, tiny_tokenizer
-from workers.models.facts import ModelFacts, describe
+from workers.checkpoint.facts import ModelFacts, describe
+from workers.checkpoint.shared_vocabulary import SAMPLE, SharedVocabulary, shared_vocabulary
 from workers.models.shared_ids_model import SharedIdsModel, on_shared_ids
-from workers.models.shared_vocabulary import SAMPLE, SharedVocabulary, shared_vocabulary
 
 TEXT = [SAMPLE, "lower words and Upper Words, 12 345 times; a keeper, the sea, letters between the years"] * 3
 SPECIAL = ["<|begin|>", "<|end|>"]

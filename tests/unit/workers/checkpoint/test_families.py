@@ -1,4 +1,4 @@
-"""workers/models/families.py knows each family of the installed transformers that prepares inputs in its own way."""
+"""workers/checkpoint/families.py knows each family of transformers that prepares inputs in its own way."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.support.tiny_models import save_checkpoint, tiny_config
-from tests.unit.workers.models.test_facts import facts_of, message_of
-from workers.models.families import OWN_INPUTS, OwnInputs, original_length
+from tests.unit.workers.checkpoint.test_facts import facts_of, message_of
+from workers.checkpoint.families import OWN_INPUTS, OwnInputs, original_length
 
 METHOD = "prepare_inputs_for_generation"
 REFUSED = {

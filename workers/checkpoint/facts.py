@@ -22,9 +22,9 @@ from conf.model_source import model_source
 from conf.positions import check_stretch, num_positions
 from conf.schema import ConfigError
 from tiers.base import CacheShape
-from workers.models.checkpoint_files import check_no_adapter, check_weight_files
-from workers.models.families import OwnInputs, check_inputs, original_length
-from workers.models.generation_file import end_ids, read_generation, values_of
+from workers.checkpoint.families import OwnInputs, check_inputs, original_length
+from workers.checkpoint.files import check_no_adapter, check_weight_files
+from workers.checkpoint.generation_file import end_ids, read_generation, values_of
 from workers.models.skeleton import weightless
 from workers.parallel.shard import WHOLE, Shard, check_size
 from workers.parallel.tensor_parallel import plan_sharding
@@ -52,11 +52,11 @@ class ModelFacts:
     """The sliding window of each layer, in tokens."""
     max_positions: int
     generation: dict[str, Any]
-    """What its generation_config.json says of the choice of tokens; see workers.models.generation_file.values_of."""
+    """Values of its generation_config.json; see workers.checkpoint.generation_file.values_of."""
     original_length: int | None
-    """Tokens beyond which a text is read in another way; see workers.models.families. None: there are none."""
+    """Tokens beyond which a text is read in another way; see workers.checkpoint.families. None: there are none."""
     eos_ids: frozenset[int]
-    """Ids of the tokens that end a text; see workers.models.generation_file.end_ids."""
+    """Ids of the tokens that end a text; see workers.checkpoint.generation_file.end_ids."""
     num_weight_bytes: int
     shard: Shard = WHOLE
     """The part that `cache_shape` and `num_weight_bytes` are of, and that workers.models.loading reads."""
