@@ -72,21 +72,26 @@ class Hierarchy:
         if self.pace is not None:
             self.pace.choose()
             self.gamma1, self.gamma2, self.budget = self.pace.gamma1, self.pace.gamma2, self.pace.budget
-        block, inner_steps = (Draft(), []) if self._ahead is None else self._ahead.take_next()
-        num_steps_ahead = len(inner_steps)
         # The target adds a token to what it accepts, so the last token is never worth drafting.
         most = self.session.remaining - 1
         if self.original_length is not None and self.session.length <= self.original_length:
             most = min(most, self.original_length - self.session.length)  # a block is read in one way
-        while self._drafts and len(block) < min(self.gamma2, most):
-            step = self._step(block.tokens, min(self.gamma2, most) - len(block))
+        return self._verify_and_commit(*self._draft_block(most))
+
+    def _draft_block(self, most: int) -> tuple[Draft, list[tuple[int, int]], int]:
+        """At least γ2 tokens for the target to verify, `most` at the most; their inner steps, and how many of these
+        were made ahead."""
+        block, inner_steps = (Draft(), []) if self._ahead is None else self._ahead.take_next()
+        num_steps_ahead, count = len(inner_steps), min(self.gamma2, most)
+        while self._drafts and len(block) < count:
+            step = self._step(block.tokens, count - len(block))
             block.extend(step.draft)
             if self.retriever is None:
                 break
             inner_steps.append((step.num_proposed, step.num_accepted))
             if not len(step.draft):
                 break  # the level is out of order for now: the target goes on with what there is
-        return self._verify_and_commit(block.cut(max(0, most)), inner_steps, num_steps_ahead)
+        return block.cut(max(0, most)), inner_steps, num_steps_ahead
 
     def _step(self, after: list[int], count: int, branch: int = 0) -> InnerStep:
         """Up to `count` tokens of the drafter; or what the retrieval draft makes of up to γ1 of them, and one more."""

@@ -54,13 +54,8 @@ def check_document(config: PromptConfig) -> None:
 
 
 def _check_standard_input() -> None:
-    """Raises ConfigError where nothing can come from there: a terminal is none that books are typed at."""
-    try:
-        is_terminal = os.isatty(0)
-        os.fstat(0)
-    except OSError:
-        raise ConfigError("prompt.path is '-', standard input, which is closed; it must be a file or a pipe") from None
-    if is_terminal:
+    """Raises ConfigError for a terminal: books are not typed at one. A closed standard input is one without a text."""
+    if os.isatty(0):
         raise ConfigError(
             "prompt.path is '-', standard input, which is the terminal; it must be a file or a pipe: < book.txt"
         )

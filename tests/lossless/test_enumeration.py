@@ -348,9 +348,9 @@ def test_control_a_block_that_is_dropped_for_its_own_tokens_is_seen(monkeypatch)
     setup = make_setup(2, mode=Mode.retrieval, sampling=EXACT, make_pace=PaceByOutcomes, max_new_tokens=6)
     draft = Hierarchy._draft_block
 
-    def choosy(self, count):
-        block, steps = draft(self, count)
-        return (block.cut(0), []) if block.tokens[:1] == [0] else (block, steps)
+    def choosy(self, most):
+        block, steps, num_steps_ahead = draft(self, most)
+        return (block.cut(0), [], 0) if block.tokens[:1] == [0] else (block, steps, num_steps_ahead)
 
     monkeypatch.setattr(Hierarchy, "_draft_block", choosy)
     assert total_variation(joint_law(setup, 3), target_law(setup, 3)) > CLEARLY

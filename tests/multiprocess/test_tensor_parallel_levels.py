@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
-from functools import partial
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,6 @@ from launch.assembly.prepare import prepare
 from tests.multiprocess.process_group import run_ranks
 from tests.support.tiny_models import greedy_tokens, random_prompt
 from tests.support.tiny_runs import DEVICE, DISK, HOST, generate, tiny_run
-from workers.models.loading import load_model
 from workers.parallel.collectives import SharedMemoryAllReduce, has_ordered_stores
 from workers.parallel.shard import Shard
 
@@ -44,7 +43,7 @@ def run_all(rank: int, folder: str, targets: list[str], drafter: str) -> None:
         Path(folder, "sums"), shard, timeout_seconds=TIMEOUT_SECONDS, start_timeout_seconds=TIMEOUT_SECONDS
     )
 
-    roles.load_model = partial(load_model, all_reduce=all_reduce)
+    roles.RoleBuilder.load_target = partialmethod(roles.RoleBuilder.load_target, all_reduce)
     tokens = []
     for target, (_, _, tier, rule) in zip(targets, RUNS, strict=True):
         config = tiny_run(target, drafter, tier=tier, rule=rule, rebuild="2", self_check=False)

@@ -74,8 +74,9 @@ class SharedVocabulary:
 
 def shared_vocabulary(target: ModelFacts, drafter: ModelFacts) -> SharedVocabulary:
     """What both have in common. Raises ConfigError where it is too little to draft by."""
-    ours, theirs = _texts(target), _texts(drafter)
-    num_rows = _num_rows(drafter)
+    # What has no row in the target is never read or drawn by it.
+    ours = {token: text for token, text in _texts(target).items() if token < _num_rows(target)}
+    theirs, num_rows = _texts(drafter), _num_rows(drafter)
     both_rows = min(num_rows, _num_rows(target))
     shared = {token for token, text in ours.items() if token < both_rows and theirs.get(token) == text}
     if len(shared) < LEAST_SHARE * len(ours):

@@ -103,7 +103,7 @@ class FakeEngines(SimpleNamespace):
     def prepare(self, config):
         rules = SimpleNamespace(report=lambda: OF_FILE)
         sizes = {"vocab_size": 256, "max_positions": MAX_POSITIONS, "eos_ids": frozenset()}
-        return SimpleNamespace(tokenizer=byte_tokenizer(), rules=rules, notes=[], **sizes)
+        return SimpleNamespace(tokenizer=byte_tokenizer(), rules=rules, vocabulary=None, notes=[], **sizes)
 
     def build(self, task):
         if self.build_error:
@@ -271,7 +271,7 @@ def test_a_refused_configuration_leaves_no_folder(engines):
 STANDARD_INPUTS = [
     (b"", ["prompt.path is '-'", "standard input", "nothing more, to read", "book.txt"]),
     (b"caf\xe9", ["prompt.path is '-'", "not UTF-8 at byte 3"]),
-    (None, ["prompt.path is '-'", "standard input", "closed"]),
+    (None, ["prompt.path is '-'", "standard input", "nothing"]),
 ]
 
 

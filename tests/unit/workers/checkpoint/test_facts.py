@@ -16,8 +16,8 @@ from transformers import AutoConfig
 
 from conf.schema import ConfigError
 from tests.support.tiny_models import save_checkpoint, tiny_config
+from workers.checkpoint import facts as facts_module
 from workers.checkpoint.facts import describe
-from workers.models import facts as facts_module
 
 CPU = torch.device("cpu")
 
