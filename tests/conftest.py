@@ -7,8 +7,13 @@ processes stay with one, too, so that no two runs with deadlines take each other
 import os
 
 import pytest
-from xdist.scheduler import LoadScopeScheduling
 
+try:
+    from xdist.scheduler import LoadScopeScheduling
+except ImportError:  # tests run one after another, too
+    LoadScopeScheduling = object
+
+MAX_WORKERS = 8
 LONG_FIRST = ("tests/multiprocess/", "tests/lossless/", "tests/unit/launch/")
 
 os.environ |= {
@@ -35,6 +40,18 @@ class FileByFile(LoadScopeScheduling):
         return LONG_FIRST[0] if nodeid.startswith(LONG_FIRST[0]) else nodeid.partition("::")[0]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker for each core, with -n logical; more than a few would wait for tests/multiprocess anyway."""
+    return min(MAX_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # the order is `pytest_collection_modifyitems`'s
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log) -> FileByFile:
     return FileByFile(config, log)
 
