@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from pathlib import Path
 
-import hydra
 from rich.console import Console
 from rich.text import Text
 
+from launch.command_line.hydra_main import run_hydra
 from launch.command_line.interruption import Interruption
 from launch.command_line.outcome import ExitCode, shown_path
 from launch.command_line.overrides import CONFIG_FOLDER
@@ -31,7 +30,7 @@ def run_sweep(argv: list[str], console: Console, program: Path = RUN_PROGRAM) ->
     overrides = [text for text in argv if text not in MULTIRUN]
     is_multirun = len(overrides) < len(argv)
     if any(text.startswith("-") for text in overrides):
-        return run_hydra(argv, program)  # --help, --cfg job: no job is run
+        return run_sweep_jobs(argv, program)  # --help, --cfg job: no job is run
     return run_all(read_sweep(overrides, is_multirun=is_multirun), console, program, is_multirun=is_multirun)
 
 
@@ -48,7 +47,7 @@ def run_all(sweep: Sweep, console: Console, program: Path, *, is_multirun: bool)
     progress = SweepProgress(folder, console, expected=expected, total=sweep.num_jobs, axes=axes)
     try:
         with Interruption(), progress:
-            code = run_hydra([*flags, *sweep.arguments], program)
+            code = run_sweep_jobs([*flags, *sweep.arguments], program)
     except KeyboardInterrupt:
         code = ExitCode.interrupted
     summarise(folder, progress, axes, console)
@@ -73,15 +72,8 @@ def summarise(folder: Path, progress: SweepProgress, axes: list[str], console: C
         console.print(Text(harmless(line)), soft_wrap=True, highlight=False)
 
 
-def run_hydra(argv: list[str], program: Path) -> int:
+def run_sweep_jobs(argv: list[str], program: Path) -> int:
     """Has Hydra run the jobs of its own command line; returns 0, or what Hydra exits with."""
     # Hydra names a job after the module of its task, and launchers send the task to other processes.
     task = functools.update_wrapper(functools.partial(run_jobs, program=program), run_jobs)
-    outer, sys.argv = sys.argv, [sys.argv[0], *argv]
-    try:
-        hydra.main(version_base=None, config_path=str(CONFIG_FOLDER), config_name="sweep")(task)()
-    except SystemExit as exit_:
-        return exit_.code if isinstance(exit_.code, int) else ExitCode.done
-    finally:
-        sys.argv = outer
-    return ExitCode.done
+    return run_hydra(task, argv, "sweep")
