@@ -28,14 +28,16 @@ REFUSAL_SECONDS = 2.0
 @program
 def main(argv: list[str]) -> int:
     """The orchestrator of a run; on any other rank the guard of its worker."""
-    place = read_place(os.environ)
+    place, has_flags = read_place(os.environ), any(item.startswith("-") for item in argv)
     if place.world_size > 1 and is_multirun(argv):
         return refuse_several_runs(place)
+    if place.rank != 0 and has_flags:
+        return ExitCode.done  # rank 0 shows what is asked for (--help, --cfg job), and there is no run
     if place.rank != 0:
         check_meeting_point(os.environ)
         return Guard(start_timeout_s(argv)).run()
     # Hydra's own flags (--help, --cfg job, --multirun) bring their own syntax: it checks what it composes.
-    if not any(item.startswith("-") for item in argv):
+    if not has_flags and not is_multirun(argv):
         check_start(read_config(argv))
     return run_all([as_typed(item, RunConfig, is_sweep=is_multirun(argv)) for item in argv])
 
@@ -44,7 +46,7 @@ def is_multirun(argv: list[str]) -> bool:
     """Whether Hydra is asked for several runs."""
     flags = [item for item in argv if item.startswith("-")]
     is_flag = any(item == "-m" or (len(item) > len("--") and "--multirun".startswith(item)) for item in flags)
-    return is_flag or "hydra.mode=multirun" in map(str.lower, argv)
+    return is_flag or "hydra.mode=multirun" in (item.lstrip("+").lower() for item in argv)
 
 
 def refuse_several_runs(place: Place) -> int:

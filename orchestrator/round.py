@@ -23,7 +23,7 @@ class Phase(StrEnum):
     refresh = "refresh"
     """True keys and values go to the retrieval cache."""
     reread = "reread"
-    """All tokens are read again: a stored block was damaged."""
+    """All tokens are read again: a stored block was damaged, or the text passed the target's original length."""
 
 
 @dataclass(kw_only=True)

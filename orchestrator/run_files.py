@@ -35,24 +35,33 @@ DISTRIBUTIONS = {"torch": "torch", "transformers": "transformers", "hydra": "hyd
 
 
 class Report:
-    """The two files of one run. Opening it empties rounds.jsonl and removes an earlier result.json."""
+    """The two files of one run. `begin` empties rounds.jsonl and removes an earlier result.json."""
 
     def __init__(self, folder: Path, num_reserved_bytes: int = 0):
-        """Takes that much room for the result. Raises OSError where the folder cannot be written, or has not as much;
-        an earlier result is then still there."""
+        """Takes that much room for the result; an earlier one stays until the run begins.
+
+        Raises OSError where the folder cannot be written, or has not as much room.
+        """
         self.result_path = folder / RESULT
+        if self.result_path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self.result_path))
         self._reserve_path = folder / RESERVE
         self._reserve: FileIO | None = reserved_file(self._reserve_path, num_reserved_bytes)
         try:
-            self._rounds = FileIO(folder / ROUNDS, "w")
-            # A run that is killed must not leave the result of the run before it.
-            self.result_path.unlink(missing_ok=True)
+            self._rounds = FileIO(folder / ROUNDS, "a")
         except OSError:
             self._give_back()
             raise
         self._num_rounds_bytes = 0
+        self.has_result = False
+        """Whether this run's result.json is there."""
         self.incomplete: dict[str, str] = {}
         """Names of files that lack something, and why."""
+
+    def begin(self) -> None:
+        """Replaces an earlier run's files: a run that is killed must not leave the result of the run before it."""
+        self._rounds.truncate(0)
+        self.result_path.unlink(missing_ok=True)
 
     def add_round(self, round_: Round, seconds: float) -> None:
         """Writes the round out at once: whoever watches the file sees it, and a crash loses nothing.
@@ -83,6 +92,7 @@ class Report:
         except OSError as error:
             self.incomplete[RESULT] = f"{error.strerror}: it has the tokens and the text alone"
             self._write(encoded(essentials(result, self.incomplete[RESULT])))
+        self.has_result = True
         return self.result_path
 
     def _write(self, content: bytes) -> None:

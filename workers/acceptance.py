@@ -300,6 +300,7 @@ class MaximalCoupling:
         tokens = torch.tensor(draft.tokens, device=target_probs.device)
         target = target_probs[: len(draft)].gather(-1, tokens[:, None])[:, 0]
         drafted = torch.stack([probs[token] for probs, token in zip(_probs_of(draft), draft.tokens, strict=True)])
+        drafted = drafted.to(target.device)  # of a lookup, or of another process, they are on the host
         ratios: list[float] = (target.double() / drafted.double()).tolist()
         return ratios
 
@@ -368,7 +369,8 @@ def residual(target_probs: torch.Tensor, draft_probs: torch.Tensor) -> torch.Ten
 
 
 def _padded(draft_probs: torch.Tensor, target_probs: torch.Tensor) -> torch.Tensor:
-    """Vocabularies padded differently: ids that the drafter lacks have probability 0 there."""
+    """The draft's distribution on the target's device; ids that the drafter's vocabulary lacks have probability 0."""
+    draft_probs = draft_probs.to(target_probs.device)
     missing = target_probs.shape[-1] - draft_probs.shape[-1]
     return torch.nn.functional.pad(draft_probs, (0, missing)) if missing else draft_probs
 

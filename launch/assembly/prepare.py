@@ -99,7 +99,7 @@ def rules_of(config: RunConfig, target: ModelFacts) -> ModelRules:
         target.generation,
         name=config.model.target,
         vocab_size=target.config.get_text_config().vocab_size,
-        eos_ids=target.eos_ids,
+        eos_ids=target.rule_eos_ids,
         sampling=config.sampling,
         are_wanted=config.generation.use_model_rules,
     )

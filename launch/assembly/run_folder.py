@@ -29,7 +29,8 @@ class RunFolder:
         return self
 
     def __exit__(self, *error: object) -> None:
-        (self.path / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):  # where the folder cannot be written any more, the lock ends with this process
+            (self.path / LOCK).unlink(missing_ok=True)
         os.close(self._lock)
 
 

@@ -81,8 +81,12 @@ def write_traceback(error: Exception, path: Path) -> str:
 
 def shown_path(path: Path) -> str:
     """A path as one would type it here: relative where it is below the current folder, else absolute."""
+    try:
+        here = Path.cwd()
+    except OSError:  # it was removed
+        return str(path)
     path = path.absolute()
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def role_of(error: BaseException) -> str:

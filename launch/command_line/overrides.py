@@ -217,7 +217,7 @@ def shortened(text: str) -> str:
 def explained(error: Exception, overrides: list[Override]) -> ConfigError:
     """What Hydra or OmegaConf refused though each override by itself is well formed: $-references, deletions."""
     reason = str(error.__cause__ or error).splitlines()[0]
-    full_key = getattr(error.__cause__ or error, "full_key", None)
+    full_key = (getattr(error.__cause__ or error, "full_key", None) or "").partition("[")[0]
     culprits = [item for item in overrides if item.key_or_group == full_key or (item.input_line or "?") in str(error)]
     if not culprits:
         return ConfigError(f"the configuration was refused: {reason}")

@@ -75,7 +75,9 @@ def is_folder_chosen() -> bool:
     """Whether the user named the run's folder; else it is named after the time."""
     hydra_config = HydraConfig.get()
     keys = ("hydra.sweep.",) if hydra_config.mode is RunMode.MULTIRUN else ("output=", "hydra.run.")
-    return any(text.startswith(keys) for text in (*hydra_config.overrides.task, *hydra_config.overrides.hydra))
+    return any(
+        text.lstrip("+").startswith(keys) for text in (*hydra_config.overrides.task, *hydra_config.overrides.hydra)
+    )
 
 
 def write_configuration(composed: DictConfig, folder: Path) -> None:

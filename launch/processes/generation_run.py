@@ -72,6 +72,9 @@ class GenerationRun:
             return code
         except ConfigError:
             raise
+        except KeyboardInterrupt:  # the user cannot wait: what there is, is written
+            self._save_what_there_is(report)
+            raise
         except Exception as error:
             self._save_what_there_is(report, error)
             raise
@@ -139,6 +142,7 @@ class GenerationRun:
 
     def _generate(self, engine: Engine, report: Report) -> None:
         hierarchy = engine.hierarchy
+        report.begin()
         self.phase = "prefill"
         num_tokens = len(hierarchy.session.prompt)
         engine.on_prefill_progress(lambda done, total: self.display.reading(num_tokens, done / total))
@@ -176,21 +180,24 @@ class GenerationRun:
         self.display.finish(result, shown_path(path))
         return ExitCode.done if session is not None and session.is_finished else ExitCode.interrupted
 
-    def _save_what_there_is(self, report: Report, failure: Exception) -> None:
-        """Writes the result of a run that failed: its tokens so far.
+    def _save_what_there_is(self, report: Report, failure: Exception | None = None) -> None:
+        """Writes the tokens so far of a run that failed, or that was interrupted again and again.
 
         Of the engine's own reports it has none: who would make them may be who failed.
         """
         session = self._ended_session()
-        if session is None:
+        if session is None or report.has_result:
             return
-        result = self._result(session) | {"failure": f"{type(failure).__name__}: {failure}"}
-        if not session.is_finished:
-            result["finish_reason"] = FAILED
+        result = self._result(session)
+        if failure is not None:
+            result["failure"] = f"{type(failure).__name__}: {failure}"
+            if not session.is_finished:
+                result["finish_reason"] = FAILED
         try:
             self._write(report, result)
         except Exception as second:
-            failure.add_note(f"the result was not written: {type(second).__name__}: {second}")
+            if failure is not None:
+                failure.add_note(f"the result was not written: {type(second).__name__}: {second}")
         self.display.add_text(session.text_stream.take_pieces())
 
     def _ended_session(self) -> Session | None:

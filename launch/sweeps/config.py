@@ -72,6 +72,8 @@ def refusal_of(cfg: DictConfig) -> ConfigError | None:
         check_start(config, config.processes)
     except ConfigError as error:
         return error
+    except OmegaConfBaseException as error:
+        return explained(error, [])
     return None
 
 

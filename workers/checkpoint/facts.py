@@ -24,7 +24,7 @@ from conf.schema import ConfigError
 from tiers.base import CacheShape
 from workers.checkpoint.families import OwnInputs, check_inputs, original_length
 from workers.checkpoint.files import check_no_adapter, check_weight_files
-from workers.checkpoint.generation_file import end_ids, read_generation, values_of
+from workers.checkpoint.generation_file import as_ids, end_ids, read_generation, values_of
 from workers.models.skeleton import weightless
 from workers.parallel.shard import WHOLE, Shard, check_size
 from workers.parallel.tensor_parallel import plan_sharding
@@ -57,6 +57,8 @@ class ModelFacts:
     """Tokens beyond which a text is read in another way; see workers.checkpoint.families. None: there are none."""
     eos_ids: frozenset[int]
     """Ids of the tokens that end a text; see workers.checkpoint.generation_file.end_ids."""
+    rule_eos_ids: frozenset[int]
+    """Those of them that `generate` knows of, which rules on the end of sequence mean."""
     num_weight_bytes: int
     shard: Shard = WHOLE
     """The part that `cache_shape` and `num_weight_bytes` are of, and that workers.models.loading reads."""
@@ -120,6 +122,7 @@ def describe(key: str, name: str, dtype: torch.dtype, max_positions: int | None 
         original_length=None if length is None else length.num_tokens,
         generation=values_of(generation),
         eos_ids=end_ids(generation, config, source, tokenizer),
+        rule_eos_ids=frozenset(as_ids(generation.eos_token_id)),
         # Buffers are small and left out.
         num_weight_bytes=sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize,
     )

@@ -127,10 +127,11 @@ def end_ids(
     ]
     named = [generation.eos_token_id, *(part.get("eos_token_id") for part in parts)]
     named += [tokenizer.eos_token_id, _id_of(tokenizer, getattr(tokenizer, "eot_token", None)), _end_of_turn(tokenizer)]
-    return frozenset(token for each in named for token in _as_ids(each))
+    return frozenset(token for each in named for token in as_ids(each))
 
 
-def _as_ids(named: Any) -> Iterable[int]:
+def as_ids(named: Any) -> Iterable[int]:
+    """Token ids that a configuration names: one, a list of them, or None."""
     ids = named if isinstance(named, list | tuple) else [named]
     return [token for token in ids if isinstance(token, int) and not isinstance(token, bool) and token >= 0]
 

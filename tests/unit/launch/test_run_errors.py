@@ -675,6 +675,21 @@ def test_a_disk_that_is_full_at_the_start_is_refused_and_an_earlier_result_stays
     assert Path("o/result.json").read_text() == earlier
 
 
+def test_a_run_that_is_refused_while_it_loads_leaves_an_earlier_result(engines, capfd):
+    assert run.main(["output=o", *SHORT]) == 0
+    earlier = Path("o/result.json").read_text(), Path("o/rounds.jsonl").read_text()
+    engines.build_error = ConfigError("a refusal")
+    assert run.main(["output=o", *SHORT]) == 2
+    assert (Path("o/result.json").read_text(), Path("o/rounds.jsonl").read_text()) == earlier
+
+
+def test_a_rank_beside_the_one_that_shows_help_waits_for_nobody(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(run, "Guard", lambda *_: pytest.fail("it waits for a run"))
+    assert run.main(["--help"]) == 0
+
+
 def test_a_result_that_cannot_be_written_at_all_is_printed(engines, capfd, monkeypatch):
     monkeypatch.setattr(run_files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     assert run.main(["output=o", *SHORT]) == 1

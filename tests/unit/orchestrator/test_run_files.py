@@ -124,7 +124,9 @@ def test_the_room_for_the_result_is_taken_at_the_start_and_given_back(tmp_path):
     assert (tmp_path / RESULT).stat().st_size < 100
     report.close()
     assert {path.name for path in tmp_path.iterdir()} == {ROUNDS, RESULT}
-    Report(tmp_path, num_bytes).close()
+    again = Report(tmp_path, num_bytes)
+    again.begin()
+    again.close()
     assert {path.name for path in tmp_path.iterdir()} == {ROUNDS}
 
 
@@ -166,7 +168,10 @@ def test_numbers_that_json_does_not_have_are_an_error(report):
 def test_a_new_run_removes_the_earlier_result(tmp_path):
     (tmp_path / RESULT).write_text("{}")
     (tmp_path / ROUNDS).write_text("old\n")
-    Report(tmp_path).close()
+    report = Report(tmp_path)
+    assert (tmp_path / RESULT).exists() and (tmp_path / ROUNDS).read_text() == "old\n", "the run has not begun"
+    report.begin()
+    report.close()
     assert not (tmp_path / RESULT).exists() and (tmp_path / ROUNDS).read_text() == ""
 
 

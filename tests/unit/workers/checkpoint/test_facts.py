@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from conf.schema import ConfigError
+from launch.assembly.prepare import rules_of
 from tests.support.tiny_models import save_checkpoint, tiny_config
+from tests.support.tiny_runs import tiny_run
 from workers.checkpoint import facts as facts_module
 from workers.checkpoint.facts import describe
 
@@ -290,3 +292,13 @@ def test_only_a_plain_rotary_embedding_is_stretched_and_only_to_more(tmp_path, r
     with pytest.raises(ConfigError) as caught:
         describe("model.target", str(folder), torch.float32, max_positions)
     assert all(word in str(caught.value) for word in words)
+
+
+def test_rules_on_the_end_of_sequence_mean_the_ends_that_generate_knows_of(folder):
+    """A text ends at more: at what config.json and the tokenizer name, too."""
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 3]}))
+    change_json(folder / "config.json", eos_token_id=5)
+    facts = facts_of(folder)
+    assert facts.rule_eos_ids == {2, 3} and facts.eos_ids >= {2, 3, 5}
+    config = tiny_run(folder)
+    assert rules_of(config, facts).eos_ids == {2, 3}
