@@ -42,8 +42,9 @@ class FileByFile(LoadScopeScheduling):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """A worker for each core, with -n logical; more than a few would wait for tests/multiprocess anyway."""
-    return min(MAX_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    """With -n logical a worker for each core, and one more: that with tests/multiprocess waits for deadlines mostly."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MAX_WORKERS, cores + 1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
