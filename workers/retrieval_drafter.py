@@ -22,6 +22,9 @@ class RetrievalCachedModel(CachedModel, Protocol[LoadedT]):
     def is_full(self) -> bool:
         """True where the tail has no room for another round: the cache must be rebuilt."""
 
+    def start_sequence(self, num_prompt_tokens: int) -> None:
+        """A prompt of so many tokens comes, which may fix the rotation of each position."""
+
     def load(self, update: LoadedT) -> None:
         """Takes the verifier's keys and values; the cache then holds the verifier's tokens."""
 
@@ -47,6 +50,7 @@ class RetrievalDrafter(Level[RetrievalCachedModel[UpdateT]], Generic[UpdateT]):
 
     def prefill(self, prompt: list[int], num_commits: int = 0) -> None:
         """Begins a sequence and reads nothing: the cache comes from the verifier, with the first `refresh`."""
+        self.model.start_sequence(len(prompt))
         self._start(prompt, num_commits, [])
 
     def extend(self, after: list[int], draft: Draft, branch: int = 0) -> InnerStep:

@@ -107,6 +107,9 @@ class MarkovModel:
             self.num_rebuilds += 1
         self.tokens[:] = update.tokens
 
+    def start_sequence(self, num_prompt_tokens: int) -> None:
+        """It has no positions."""
+
     @property
     def is_full(self) -> bool:
         return self.length - self.base > self._tail_tokens

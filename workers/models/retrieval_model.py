@@ -35,6 +35,9 @@ class _OnRetrievalCache:
 class RetrievalModel(_OnRetrievalCache):
     """The retrieval model beside its verifier: it is given the updates themselves."""
 
+    def start_sequence(self, num_prompt_tokens: int) -> None:
+        """Nothing: the verifier, which has the same weights, tells them of the prompt."""
+
     def load(self, update: RetrievalUpdate) -> None:
         """Takes the verifier's keys and values; the cache then holds the verifier's tokens."""
         self._cache.load(update)
@@ -42,6 +45,9 @@ class RetrievalModel(_OnRetrievalCache):
 
 class Receiver(Protocol):
     """The retriever's end of an update path; see workers.process.update_path."""
+
+    is_apart: bool
+    """Whether the verifier is in another process, and so has other weights."""
 
     def receive(self, notices: list[UpdateNotice]) -> RetrievalUpdate:
         """The update that the notices of all ranks of the verifier tell of."""
@@ -54,6 +60,11 @@ class ReceivingRetrievalModel(_OnRetrievalCache):
         super().__init__(model, cache)
         self._receiver = receiver
 
+    def start_sequence(self, num_prompt_tokens: int) -> None:
+        """Tells the weights of a prompt of so many tokens, unless a verifier on the same ones does."""
+        if self._receiver.is_apart:
+            self._model.start_sequence(num_prompt_tokens)
+
     def load(self, notices: list[UpdateNotice]) -> None:
         """Takes the update that the notices tell of."""
         self._cache.load(self._receiver.receive(notices))
@@ -61,6 +72,10 @@ class ReceivingRetrievalModel(_OnRetrievalCache):
 
 class SharedRetrievalModel(_OnRetrievalCache):
     """The retrieval model whose cache lies in memory that the verifier's processes write to."""
+
+    def start_sequence(self, num_prompt_tokens: int) -> None:
+        """Tells the weights of a prompt of so many tokens: it may fix the rotation of each position."""
+        self._model.start_sequence(num_prompt_tokens)
 
     def load(self, notices: list[UpdateNotice]) -> None:
         """Makes what was written the cache's own: every rank wrote its heads, and as many slots as the first."""

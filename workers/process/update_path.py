@@ -35,6 +35,8 @@ class UpdatePath(StrEnum):
 class SameProcess:
     """Both ends in one process: the publisher keeps an update until the receiver takes it."""
 
+    is_apart = False
+
     def __init__(self) -> None:
         self._update: RetrievalUpdate | None = None
 
@@ -88,6 +90,8 @@ class Carrying:
 
 class Carried:
     """The retriever's end where the tensors travelled: joins the heads of all ranks, layer by layer."""
+
+    is_apart = True
 
     def receive(self, notices: list[UpdateNotice]) -> RetrievalUpdate:
         first = notices[0]

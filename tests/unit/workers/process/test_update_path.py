@@ -34,9 +34,15 @@ WAYS = ("same process", "its memory", "carried")
 
 
 class Weights:
-    """A model that only its vocabulary is asked of."""
+    """A model that is asked for its vocabulary, and told of prompts."""
 
     vocab_size = 5
+
+    def __init__(self):
+        self.prompts: list[int] = []
+
+    def start_sequence(self, num_prompt_tokens: int) -> None:
+        self.prompts.append(num_prompt_tokens)
 
 
 def shape_of(num_heads: int) -> CacheShape:
@@ -164,6 +170,14 @@ def test_the_cache_holds_what_a_cache_of_one_process_does(way, num_ranks, bits):
         assert cache.length == plain.length
         for one, other in zip(contents(cache), contents(plain), strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("way", "told"), [("same process", []), ("its memory", [40]), ("carried", [40])])
+def test_weights_apart_from_the_verifiers_are_told_how_long_the_prompt_is(way, told):
+    """The rotation of a position may depend on it; on the verifier's own weights it is the verifier who says so."""
+    _, model, _ = ends_of(way, 1, None)
+    RetrievalDrafter(model, coupling=None).prefill(list(range(40)))
+    assert model._model.prompts == told
 
 
 def test_where_memory_is_shared_no_tensor_travels():
